@@ -1,0 +1,1 @@
+"""Distil students from a teacher cache: data, losses, stages, trainer, evaluation."""

@@ -1,0 +1,1 @@
+"""Command line, run files, pipeline, clusters, demo and report."""

@@ -1,0 +1,82 @@
+"""What decides a cache's content and how it is built. Imports pydantic only, to keep the CLI quick."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class StrictConfig(BaseModel):
+    """Frozen model that refuses unknown keys; the docstring under a field is its help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TeacherConfig(StrictConfig):
+    """The teacher checkpoint."""
+
+    model: str
+    """Hugging Face directory, or repository id, of the teacher."""
+    revision: str | None = None
+    """Commit of the repository; not used for a directory."""
+    dtype: Dtype = "bfloat16"
+    """Element type in which the teacher computes and its hidden states are stored, bit for bit."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the checkpoint."""
+
+
+class DataConfig(StrictConfig):
+    """Conversations in the common chat form: `messages` and `images` in Parquet or JSON lines."""
+
+    path: str
+    """Parquet or JSON-lines file. Relative image paths resolve against its folder."""
+    max_samples: int | None = Field(default=None, gt=0)
+    """Use only the first so many rows; all of them by default."""
+    max_length: int = Field(default=4096, gt=1)
+    """Longest sample in teacher tokens, image tokens included; a longer one is a bad sample."""
+    max_skipped_samples: int = Field(default=0, ge=0)
+    """Bad samples (corrupt image, empty answer, too long) that are skipped and listed; one more stops the build."""
+
+
+class TargetsConfig(StrictConfig):
+    """Which teacher targets are stored per sample."""
+
+    question_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Fraction of the samples whose question rows (tier Q, for the regularization loss) are stored."""
+    topk: int = Field(default=64, gt=0)
+    """Highest logits stored per supervised row (tier L)."""
+
+
+class BuildConfig(StrictConfig):
+    """How the cache is built: free to change between resumes, never part of its identity."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """Engine that runs the teacher; transformers is the slow reference."""
+    num_replicas: int = Field(default=1, gt=0)
+    """Ray actors, each with its own copy of the teacher."""
+    tensor_parallel_size: int = Field(default=1, gt=0)
+    """GPUs per replica that share one copy of the teacher."""
+    cpus_per_replica: float = Field(default=1.0, gt=0)
+    """CPUs that Ray reserves per replica."""
+    gpus_per_replica: float | None = Field(default=None, ge=0)
+    """GPUs that Ray reserves per replica; by default tensor_parallel_size where CUDA exists, else 0."""
+    max_batched_tokens: int = Field(default=8192, gt=0)
+    """Tokens per engine step."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Memory of the engine's key-value cache in GiB; by default the engine decides."""
+    max_attempts: int = Field(default=3, gt=0)
+    """Times that a shard is tried before the build gives up on it and exits 3."""
+
+
+class CacheConfig(StrictConfig):
+    """One teacher cache."""
+
+    uri: str
+    """Where the cache lives: a local path (or file:// URI)."""
+    teacher: TeacherConfig
+    data: DataConfig
+    targets: TargetsConfig = TargetsConfig()
+    samples_per_shard: int = Field(default=1024, gt=0)
+    """Samples per shard, the unit of work, of commit and of loss when a worker dies."""
+    build: BuildConfig = BuildConfig()

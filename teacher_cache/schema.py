@@ -1,0 +1,136 @@
+"""Records that travel between the parts, and the index conventions, stated here once.
+
+Rows and tokens. ``token_ids[t]`` is token t as the teacher saw it, image tokens expanded. Row t is
+the teacher's final hidden state at token t, after the final norm: ``logits[t] = head(row t)``
+predicts token t + 1.
+
+Spans. An answer span ``(start, stop)`` is half-open and covers one assistant turn: its text and its
+end-of-turn token. The header of the turn belongs to the question. ``start >= 1`` always holds.
+
+Tiers, per turn with n = stop - start answer tokens:
+  A  rows ``start - 1 .. stop - 1`` (n + 1 rows): the boundary row, then the answer rows.
+  L  predictions of tokens ``start .. stop - 1`` (n rows), made by rows ``start - 1 .. stop - 2``.
+  Q  every row that is in no turn's tier A, in order; absent for samples outside the fraction.
+The rows of several turns follow each other in order.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+class Span(NamedTuple):
+    """Half-open range of token positions."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn. ``content`` is a sequence of text parts (str) and image placeholders (None), in order."""
+
+    role: str
+    content: tuple[str | None, ...]
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined."""
+        return "".join(part for part in self.content if part is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One conversation with its images still encoded (PNG, JPEG, WebP bytes)."""
+
+    sample_id: str
+    messages: tuple[Message, ...]
+    images: tuple[bytes, ...]
+    digest: str
+    """SHA-256 (hex) over roles, text parts and image bytes: never over paths or the id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedConversation:
+    """One sample through one model's template, tokenizer and image processor."""
+
+    sample_id: str
+    token_ids: Int[np.ndarray, " tokens"]
+    """Image tokens expanded, as the model's forward takes them."""
+    prompt_token_ids: tuple[int, ...]
+    """The same before image expansion: one placeholder per image, as vLLM takes them."""
+    spans: tuple[Span, ...]
+    """Answer spans in ``token_ids``, one per assistant turn, in order."""
+    answer_bytes: int
+    """UTF-8 length of all answer texts, end-of-turn tokens not counted."""
+    images: "tuple[Image, ...]"
+    """Decoded RGB images."""
+    model_inputs: "dict[str, Tensor]"
+    """What the processor returned beside the ids (pixel_values, image_grid_thw, ...), for this sample alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherTargets:
+    """Everything that the cache holds for one sample. Tensors are on the CPU.
+
+    ``hidden_states`` and ``question_hidden_states`` have the teacher's dtype.
+    """
+
+    sample_id: str
+    token_ids: "Int[Tensor, ' teacher_tokens']"
+    spans: tuple[Span, ...]
+    hidden_states: "Float[Tensor, 'tier_a_rows teacher_hidden']"
+    question_hidden_states: "Float[Tensor, 'tier_q_rows teacher_hidden'] | None"
+    topk_ids: "Int[Tensor, 'answer_tokens k']"
+    topk_logprobs: "Float[Tensor, 'answer_tokens k']"
+    """Natural-log probabilities under the full softmax, highest first, float32."""
+    logsumexp: "Float[Tensor, ' answer_tokens']"
+    """Of the engine's own logits, after soft-cap and scale, float32."""
+    target_logprobs: "Float[Tensor, ' answer_tokens']"
+    """Log-probability of the token that really follows, float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherHead:
+    """The teacher's output projection: ``logits = softcap(scale * (rows @ weight.T + bias))``."""
+
+    weight: "Float[Tensor, 'teacher_vocab teacher_hidden']"
+    bias: "Float[Tensor, ' teacher_vocab'] | None" = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    """``softcap * tanh(logits / softcap)`` when set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedSample:
+    """A bad sample that the config allowed to leave out."""
+
+    sample_id: str
+    reason: str
+    """Stable word: corrupt-image, missing-image, empty-answer, too-long, no-answer, bad-row."""
+    message: str
+
+
+def tier_a_rows(spans: tuple[Span, ...]) -> Int[np.ndarray, " tier_a_rows"]:
+    """Return the token positions whose rows form tier A."""
+    parts = [np.arange(span.start - 1, span.stop) for span in spans]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def predicting_rows(spans: tuple[Span, ...]) -> Int[np.ndarray, " answer_tokens"]:
+    """Return the token positions whose rows predict the answer tokens (tier L), boundary rows first in each turn."""
+    parts = [np.arange(span.start - 1, span.stop - 1) for span in spans]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def question_row_mask(spans: tuple[Span, ...], *, num_tokens: int) -> Bool[np.ndarray, " tokens"]:
+    """Return True at the token positions whose rows form tier Q."""
+    mask = np.ones(num_tokens, dtype=bool)
+    mask[tier_a_rows(spans)] = False
+    return mask
