@@ -30,7 +30,9 @@ class DataConfig(StrictConfig):
     """Conversations in the common chat form: `messages` and `images` in Parquet or JSON lines."""
 
     path: str
-    """Parquet or JSON-lines file. Relative image paths resolve against its folder."""
+    """Parquet or JSON-lines file."""
+    image_root: str | None = None
+    """Folder that image paths are relative to and must stay inside; by default the data file's own."""
     max_samples: int | None = Field(default=None, gt=0)
     """Use only the first so many rows; all of them by default."""
     max_length: int = Field(default=4096, gt=1)

@@ -1,0 +1,196 @@
+"""Conversation -> token ids and answer spans, for any model's template, tokenizer and image splitting.
+
+Teacher and students go through the same function with their own processors. The chat template is
+rendered once whole; the answer spans come from the tokenizer's character offsets and are then carried
+over to the ids in which the processor has expanded every image placeholder into its image tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import transformers
+from jaxtyping import Int
+
+from teacher_cache.errors import ConfigError, SampleError
+from teacher_cache.samples import decode_image
+from teacher_cache.schema import EncodedConversation, Message, Sample, Span
+
+Processor = Any
+"""A transformers processor, or a tokenizer for a text-only model: transformers has no common base."""
+
+
+def load_processor(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Processor:
+    """Load a model's processor, or its tokenizer where the model takes text only.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template, or cannot report character offsets.
+    """
+    processor = transformers.AutoProcessor.from_pretrained(
+        model, revision=revision, trust_remote_code=trust_remote_code
+    )
+    if not tokenizer_of(processor).is_fast:
+        raise ConfigError(f"the tokenizer of {model} reports no character offsets; a fast (tokenizers) one is needed")
+    if processor.chat_template is None:
+        raise ConfigError(f"{model} has no chat template; add chat_template.jinja beside its tokenizer")
+    return processor
+
+
+def tokenizer_of(processor: Processor) -> transformers.PreTrainedTokenizerBase:
+    """Return the tokenizer inside a processor, or the tokenizer itself."""
+    if isinstance(processor, transformers.ProcessorMixin):
+        return processor.tokenizer
+    return processor
+
+
+def encode_conversation(processor: Processor, sample: Sample, *, max_length: int) -> EncodedConversation:
+    """Tokenise one sample and find its answer spans.
+
+    Raises:
+        SampleError: ``too-long`` beyond ``max_length`` tokens, ``corrupt-image``, or ``bad-row`` when the text
+            itself contains the image placeholder or the model takes no images.
+        ConfigError: The chat template rewrites earlier turns, so that answers cannot be located.
+    """
+    text, answer_ranges = render_conversation(processor, sample)
+    tokenizer = tokenizer_of(processor)
+    plain = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    plain_ids = plain["input_ids"]
+    plain_spans = [
+        _answer_span(plain_ids, plain["offset_mapping"], characters=characters, special=set(tokenizer.all_special_ids))
+        for characters in answer_ranges
+    ]
+    images = tuple(decode_image(image, sample_id=sample.sample_id) for image in sample.images)
+    ids, model_inputs = plain_ids, {}
+    if images:
+        _check_placeholders(processor, plain_ids, sample=sample)
+        model_inputs = dict(processor(text=[text], images=list(images), add_special_tokens=False, return_tensors="pt"))
+        ids = model_inputs.pop("input_ids")[0].tolist()
+        del model_inputs["attention_mask"]
+    if len(ids) > max_length:
+        raise SampleError(
+            f"{len(ids)} tokens, image tokens included, where max_length is {max_length}",
+            sample_id=sample.sample_id,
+            reason="too-long",
+        )
+    positions = expanded_positions(plain_ids, ids, placeholder=image_token_id(processor) if images else None)
+    return EncodedConversation(
+        sample_id=sample.sample_id,
+        token_ids=np.asarray(ids, dtype=np.int32),
+        prompt_token_ids=tuple(plain_ids),
+        spans=tuple(Span(int(positions[span.start]), int(positions[span.stop])) for span in plain_spans),
+        answer_bytes=sum(len(m.text.encode()) for m in sample.messages if m.role == "assistant"),
+        images=images,
+        model_inputs=model_inputs,
+    )
+
+
+def render_prompt(processor: Processor, sample: Sample) -> str:
+    """Render everything before the last answer, ending with the header that opens the answer."""
+    last = max(index for index, message in enumerate(sample.messages) if message.role == "assistant")
+    return _render(processor, sample.messages[:last], add_generation_prompt=True)
+
+
+def render_conversation(processor: Processor, sample: Sample) -> tuple[str, list[tuple[int, int, int]]]:
+    """Render a conversation and locate its answers.
+
+    Returns:
+        The text, and per assistant turn the character positions where the answer starts, where its text
+        stops, and where the turn with everything the template appends to it stops.
+    """
+    text = _render(processor, sample.messages, add_generation_prompt=False)
+    ranges = []
+    for index, message in enumerate(sample.messages):
+        if message.role != "assistant":
+            continue
+        header = _render(processor, sample.messages[:index], add_generation_prompt=True)
+        turn = _render(processor, sample.messages[: index + 1], add_generation_prompt=False)
+        answer = message.text.strip()
+        found = turn.find(answer, len(header))
+        if not (turn.startswith(header) and text.startswith(turn) and found >= 0):
+            raise ConfigError(
+                f"the chat template does not render turn {index} of sample {sample.sample_id} as its generation "
+                "prompt followed by the answer, unchanged by later turns; use a template that does"
+            )
+        ranges.append((len(header), found + len(answer), len(turn)))
+    return text, ranges
+
+
+def expanded_positions(
+    plain: Sequence[int], expanded: Sequence[int], *, placeholder: int | None
+) -> Int[np.ndarray, " plain_tokens_and_end"]:
+    """Return where each token of ``plain`` stands in ``expanded``, and the end as one more entry.
+
+    ``expanded`` equals ``plain`` except that each run of image placeholders became a longer run of image
+    tokens: ids that occur in ``expanded`` only, or the placeholder itself.
+
+    Raises:
+        ConfigError: The processor changed something else than the placeholders.
+    """
+    positions = np.zeros(len(plain) + 1, dtype=np.int64)
+    image_ids = set(expanded) - set(plain) | {placeholder}
+    at = 0
+    for index, token in enumerate(plain):
+        if token == placeholder and index > 0 and plain[index - 1] == placeholder:
+            positions[index] = positions[index - 1]
+            continue
+        positions[index] = at
+        if token == placeholder:
+            while at < len(expanded) and expanded[at] in image_ids:
+                at += 1
+        elif at < len(expanded) and expanded[at] == token:
+            at += 1
+        else:
+            raise ConfigError(f"the processor tokenises text differently with images: at token {index}, id {token}")
+    if at != len(expanded):
+        raise ConfigError(f"the processor appended {len(expanded) - at} token(s) after the conversation")
+    positions[-1] = at
+    return positions
+
+
+def image_token_id(processor: Processor) -> int:
+    """Return the id that stands for one image before expansion.
+
+    Raises:
+        ConfigError: The model takes no images.
+    """
+    if not isinstance(processor, transformers.ProcessorMixin):
+        raise ConfigError(f"{type(processor).__name__} takes no images, but the data has some")
+    return int(processor.image_token_id)
+
+
+def _render(processor: Processor, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    with_images = isinstance(processor, transformers.ProcessorMixin)
+    rows = [{"role": m.role, "content": _typed_content(m) if with_images else m.text} for m in messages]
+    return processor.apply_chat_template(rows, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def _typed_content(message: Message) -> list[dict[str, str]]:
+    return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in message.content]
+
+
+def _answer_span(
+    ids: Sequence[int], offsets: Sequence[tuple[int, int]], *, characters: tuple[int, int, int], special: set[int]
+) -> Span:
+    start_character, text_stop, turn_stop = characters
+    start = next(index for index, (_, stop) in enumerate(offsets) if stop > start_character)
+    stop = start
+    while stop < len(ids) and offsets[stop][0] < text_stop:
+        stop += 1
+    # the end-of-turn token belongs to the answer; what a template puts behind it (a line break) does not
+    for index in range(stop, len(ids)):
+        if offsets[index][0] >= turn_stop:
+            break
+        if ids[index] in special:
+            return Span(start, index + 1)
+    return Span(start, stop)
+
+
+def _check_placeholders(processor: Processor, ids: Sequence[int], *, sample: Sample) -> None:
+    found = list(ids).count(image_token_id(processor))
+    if found != len(sample.images):
+        raise SampleError(
+            f"{found} image placeholder(s) after tokenisation for {len(sample.images)} image(s): "
+            "the text contains the model's own image token",
+            sample_id=sample.sample_id,
+            reason="bad-row",
+        )

@@ -1,0 +1,219 @@
+"""Read conversations that users bring: `messages` and `images` in Parquet or JSON lines.
+
+A row is ``{"id": ..., "messages": [...], "images": [...]}``; further columns are ignored. A message's
+content is a string in which ``<image>`` marks where an image goes, or a list of ``{"type": "image"}``
+and ``{"type": "text", "text": ...}`` parts. An image is a path, bytes, or ``{"bytes": ..., "path": ...}``.
+Bad rows are skipped and listed while the config allows, never dropped in silence.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pyarrow.parquet
+
+from teacher_cache.config import DataConfig
+from teacher_cache.errors import DataError, SampleError
+from teacher_cache.schema import Message, Sample, SkippedSample
+
+IMAGE_MARK = "<image>"
+MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own decompression-bomb threshold, about 256 MiB of RGB
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSet:
+    """The usable samples of a data file, in file order, and the bad ones that were left out."""
+
+    samples: tuple[Sample, ...]
+    skipped: tuple[SkippedSample, ...]
+
+
+def read_samples(config: DataConfig) -> SampleSet:
+    """Read a data file.
+
+    Raises:
+        DataError: The file is missing or of another kind, or more rows are bad than ``max_skipped_samples``.
+    """
+    path = Path(config.path)
+    image_root = Path(config.image_root) if config.image_root else path.parent
+    samples: list[Sample] = []
+    skipped: list[SkippedSample] = []
+    seen: set[str] = set()
+    for number, row in enumerate(read_rows(path)):
+        if config.max_samples is not None and number == config.max_samples:
+            break
+        try:
+            sample = parse_row(row, number=number, image_root=image_root)
+            if sample.sample_id in seen:
+                raise SampleError("the id occurs twice", sample_id=sample.sample_id, reason="bad-row")
+        except SampleError as error:
+            skipped.append(SkippedSample(sample_id=error.sample_id, reason=error.reason, message=str(error)))
+            check_skip_budget(skipped, allowed=config.max_skipped_samples, source=str(path))
+            continue
+        seen.add(sample.sample_id)
+        samples.append(sample)
+    if not samples:
+        raise DataError(f"no usable sample in {path}: expected rows with `messages` and `images`")
+    return SampleSet(samples=tuple(samples), skipped=tuple(skipped))
+
+
+def check_skip_budget(skipped: Sequence[SkippedSample], *, allowed: int, source: str) -> None:
+    """Raise DataError, naming the first bad samples, when more than ``allowed`` were skipped."""
+    if len(skipped) <= allowed:
+        return
+    listed = "\n".join(f"  {bad.sample_id}: {bad.reason}: {bad.message}" for bad in skipped[:10])
+    raise DataError(
+        f"{len(skipped)} bad sample(s) in {source}, allowed are {allowed}:\n{listed}\n"
+        "Mend the data, or raise `max_skipped_samples` to leave them out and have them listed."
+    )
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet (.parquet) or JSON-lines (.jsonl) file in order."""
+    if not path.is_file():
+        raise DataError(f"no data file at {path}: check `data.path`")
+    if path.suffix == ".parquet":
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines):
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"line {number + 1} of {path} is not JSON: {error}") from error
+    else:
+        raise DataError(f"data file {path} is neither .parquet nor .jsonl")
+
+
+def parse_row(row: Mapping[str, Any], *, number: int, image_root: Path) -> Sample:
+    """Turn one row into a Sample; ``number`` names rows without an id in errors.
+
+    Raises:
+        SampleError: The row cannot be used; its ``reason`` says why.
+    """
+    name = str(row.get("id") or f"row-{number}") if isinstance(row, Mapping) else f"row-{number}"
+    try:
+        messages = tuple(_parse_message(message) for message in row["messages"])
+        images = tuple(_image_bytes(image, image_root=image_root) for image in row.get("images") or ())
+    except SampleError as error:
+        raise SampleError(str(error), sample_id=name, reason=error.reason) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _bad_row(f"expected `messages` and `images` in the chat form, found {error!r}", name) from error
+    _check_conversation(messages, images, sample_id=name)
+    digest = content_digest(messages, images)
+    return Sample(sample_id=str(row.get("id") or digest[:32]), messages=messages, images=images, digest=digest)
+
+
+def content_digest(messages: Sequence[Message], images: Sequence[bytes]) -> str:
+    """Return the SHA-256 (hex) of a conversation: roles, text parts, image places and image bytes."""
+    record = {
+        "messages": [[message.role, list(message.content)] for message in messages],
+        "images": [hashlib.sha256(image).hexdigest() for image in images],
+    }
+    return hashlib.sha256(json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def decode_image(data: bytes, *, sample_id: str) -> PIL.Image.Image:
+    """Decode one image to RGB, its size checked before its pixels are read.
+
+    Raises:
+        SampleError: The bytes are no image (``corrupt-image``) or exceed MAX_IMAGE_PIXELS.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise SampleError(
+                    f"image of {image.width}x{image.height} pixels exceeds {MAX_IMAGE_PIXELS} pixels",
+                    sample_id=sample_id,
+                    reason="corrupt-image",
+                )
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        if isinstance(error, SampleError):
+            raise
+        raise SampleError(
+            f"an image of {len(data)} bytes cannot be decoded ({type(error).__name__})",
+            sample_id=sample_id,
+            reason="corrupt-image",
+        ) from error
+
+
+def _parse_message(message: Mapping[str, Any]) -> Message:
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise _bad_row(f"role {role!r} is none of {', '.join(ROLES)}")
+    if isinstance(content, str):
+        texts = content.split(IMAGE_MARK)
+        marked = [part for text in texts for part in (None, text)][1:]
+        return Message(role=role, content=tuple(part for part in marked if part != ""))
+    parts: list[str | None] = []
+    for part in content:
+        if part["type"] == "text":
+            parts.append(part["text"])
+        elif part["type"] == "image":
+            parts.append(None)
+        else:
+            raise _bad_row(f"content part of type {part['type']!r}; expected text or image")
+    return Message(role=role, content=tuple(parts))
+
+
+def _image_bytes(image: Any, *, image_root: Path) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Mapping):
+        if image.get("bytes"):
+            return bytes(image["bytes"])
+        image = image.get("path")
+    if not isinstance(image, str) or not image:
+        raise _bad_row(f"an image is given as {type(image).__name__}; expected a path, bytes or both in a record")
+    if "://" in image:
+        raise _bad_row(f"image {image!r} is a URL; download the images and give their paths")
+    root = image_root.resolve()
+    path = (root / image).resolve()
+    if not path.is_relative_to(root):
+        raise _bad_row(f"image {image!r} lies outside {image_root}; set `data.image_root` to the folder that holds it")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SampleError(
+            f"image {image!r} in {image_root}: {error.strerror}", sample_id="", reason="missing-image"
+        ) from error
+
+
+def _check_conversation(messages: Sequence[Message], images: Sequence[bytes], *, sample_id: str) -> None:
+    answers = [message for message in messages if message.role == "assistant"]
+    if not answers:
+        raise SampleError("no assistant message to distil", sample_id=sample_id, reason="no-answer")
+    if messages[0].role == "assistant":
+        raise _bad_row("the conversation begins with the assistant: there is no question", sample_id)
+    if any(not answer.text.strip() for answer in answers):
+        raise SampleError("an assistant message is empty", sample_id=sample_id, reason="empty-answer")
+    if any(None in answer.content for answer in answers):
+        raise _bad_row("an assistant message holds an image", sample_id)
+    places = sum(message.content.count(None) for message in messages)
+    if places != len(images):
+        raise _bad_row(f"{places} image place(s) in the messages, but {len(images)} image(s)", sample_id)
+    for image in images:
+        _check_image_header(image, sample_id=sample_id)
+
+
+def _check_image_header(data: bytes, *, sample_id: str) -> None:
+    try:
+        with PIL.Image.open(io.BytesIO(data)):
+            pass
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise SampleError(
+            f"an image of {len(data)} bytes is none that Pillow knows", sample_id=sample_id, reason="corrupt-image"
+        ) from error
+
+
+def _bad_row(message: str, sample_id: str = "") -> SampleError:
+    return SampleError(message, sample_id=sample_id, reason="bad-row")
