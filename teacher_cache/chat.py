@@ -153,7 +153,7 @@ def image_token_id(processor: Processor) -> int:
     Raises:
         ConfigError: The model takes no images.
     """
-    if not isinstance(processor, transformers.ProcessorMixin):
+    if tokenizer_of(processor) is processor:
         raise ConfigError(f"{type(processor).__name__} takes no images, but the data has some")
     return int(processor.image_token_id)
 
