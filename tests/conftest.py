@@ -1,0 +1,65 @@
+"""Fixtures for all tests: offline and quiet libraries, tiny model directories, a small data file."""
+
+import os
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+from launch.demo.models import ModelSpec, create_model_directory  # noqa: E402
+
+CORPUS = (
+    "Which digit is in the top left corner? Answer with one word.",
+    "How many digits are greater than four? Answer in a sentence.",
+    "What is the sum of the top row? Answer with a numeral.",
+    "Which digit is the largest? Is any digit repeated? Describe the image.",
+    "The top row has seven and three, the bottom row has zero and nine.",
+    "The sum is twelve.",
+    "Yes, the digit five occurs twice.",
+    "No, all digits are different.",
+    "0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18",
+) * 4
+
+
+def _directory(tmp_path_factory: pytest.TempPathFactory, spec: ModelSpec, *, seed: int) -> Path:
+    path = tmp_path_factory.mktemp(spec.family) / "model"
+    create_model_directory(spec, path, corpus=CORPUS, seed=seed)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2-VL, byte-level BPE, 384 rows in the vocabulary, 4 tokens for a 16 x 16 image, more for larger ones."""
+    return _directory(tmp_path_factory, ModelSpec(family="qwen2-vl", tokenizer="byte-bpe", vocab_size=384), seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """InternVL with a Qwen2 body, Unigram, 224 rows, 4 tiles and a thumbnail of 4 tokens each."""
+    spec = ModelSpec(family="internvl", tokenizer="unigram", vocab_size=224, tiles=4)
+    return _directory(tmp_path_factory, spec, seed=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA with a CLIP tower and a Llama body, BPE over words with a space mark, 256 rows, 16 tokens per image."""
+    return _directory(tmp_path_factory, ModelSpec(family="llava", tokenizer="metaspace-bpe", vocab_size=256), seed=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2 without vision, byte-level BPE, 320 rows."""
+    return _directory(tmp_path_factory, ModelSpec(family="qwen2", tokenizer="byte-bpe", vocab_size=320), seed=4)
