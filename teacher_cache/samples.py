@@ -9,6 +9,7 @@ Bad rows are skipped and listed while the config allows, never dropped in silenc
 import hashlib
 import io
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ from teacher_cache.errors import DataError, SampleError
 from teacher_cache.schema import Message, Sample, SkippedSample
 
 IMAGE_MARK = "<image>"
-MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own decompression-bomb threshold, about 256 MiB of RGB
 ROLES = ("system", "user", "assistant")
 
 
@@ -125,25 +125,30 @@ def decode_image(data: bytes, *, sample_id: str) -> PIL.Image.Image:
     """Decode one image to RGB, its size checked before its pixels are read.
 
     Raises:
-        SampleError: The bytes are no image (``corrupt-image``) or exceed MAX_IMAGE_PIXELS.
+        SampleError: ``corrupt-image``: the bytes are no image, or one beyond Pillow's decompression-bomb limit.
     """
-    try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise SampleError(
-                    f"image of {image.width}x{image.height} pixels exceeds {MAX_IMAGE_PIXELS} pixels",
-                    sample_id=sample_id,
-                    reason="corrupt-image",
-                )
+    with _open_image(data, sample_id=sample_id) as image:
+        try:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        if isinstance(error, SampleError):
-            raise
-        raise SampleError(
-            f"an image of {len(data)} bytes cannot be decoded ({type(error).__name__})",
-            sample_id=sample_id,
-            reason="corrupt-image",
-        ) from error
+        except (OSError, SyntaxError, ValueError) as error:
+            raise SampleError(
+                f"an image of {len(data)} bytes cannot be decoded ({type(error).__name__})",
+                sample_id=sample_id,
+                reason="corrupt-image",
+            ) from error
+
+
+def _open_image(data: bytes, *, sample_id: str) -> PIL.Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+            return PIL.Image.open(io.BytesIO(data))
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        message = f"an image exceeds {PIL.Image.MAX_IMAGE_PIXELS} pixels"
+        raise SampleError(message, sample_id=sample_id, reason="corrupt-image") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        message = f"an image of {len(data)} bytes is none that Pillow knows"
+        raise SampleError(message, sample_id=sample_id, reason="corrupt-image") from error
 
 
 def _parse_message(message: Mapping[str, Any]) -> Message:
@@ -202,17 +207,7 @@ def _check_conversation(messages: Sequence[Message], images: Sequence[bytes], *,
     if places != len(images):
         raise _bad_row(f"{places} image place(s) in the messages, but {len(images)} image(s)", sample_id)
     for image in images:
-        _check_image_header(image, sample_id=sample_id)
-
-
-def _check_image_header(data: bytes, *, sample_id: str) -> None:
-    try:
-        with PIL.Image.open(io.BytesIO(data)):
-            pass
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise SampleError(
-            f"an image of {len(data)} bytes is none that Pillow knows", sample_id=sample_id, reason="corrupt-image"
-        ) from error
+        _open_image(image, sample_id=sample_id).close()
 
 
 def _bad_row(message: str, sample_id: str = "") -> SampleError:

@@ -1,0 +1,144 @@
+"""The `genrecal` command: one table of subcommands, each imported when it is called.
+
+Exit codes: 0 done, 1 failed, 2 usage or config, 3 incomplete (a retry makes sense), 4 identity or
+integrity (a retry is useless), 128 + n on signal n.
+"""
+
+import importlib
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from types import FrameType
+
+from teacher_cache.errors import GenrecalError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One subcommand: where its function is (``module:function``), its arguments and one line of help."""
+
+    target: str
+    arguments: str
+    help: str
+
+
+COMMANDS = {
+    "demo": Command(
+        target="launch.demo.run:demo_command",
+        arguments="[--output DIR]",
+        help="the whole job on this machine's CPU, with real handwritten digits",
+    ),
+    "run": Command(
+        target="launch.pipeline:run_command",
+        arguments="CONFIG",
+        help="cache, train, evaluate and report every student; skips what is complete",
+    ),
+    "cache build": Command(
+        target="launch.cache_commands:build_command",
+        arguments="CONFIG",
+        help="run or resume the Ray job that fills the cache",
+    ),
+    "cache status": Command(
+        target="launch.cache_commands:status_command",
+        arguments="URI",
+        help="committed and missing shards, samples, bytes by tier",
+    ),
+    "cache inspect": Command(
+        target="launch.cache_commands:inspect_command",
+        arguments="URI [--sample ID]",
+        help="identity, provenance, and one sample decoded",
+    ),
+    "cache verify": Command(
+        target="launch.cache_commands:verify_command",
+        arguments="URI",
+        help="check every stored byte against the commit records",
+    ),
+    "train": Command(
+        target="launch.train_commands:train_command",
+        arguments="CONFIG [--student NAME] [--stage STAGE]",
+        help="distil one student from the cache; resumes by itself",
+    ),
+    "eval": Command(
+        target="launch.train_commands:eval_command",
+        arguments="CONFIG",
+        help="score the teacher and every student on held-out data",
+    ),
+    "export": Command(
+        target="launch.train_commands:export_command",
+        arguments="CHECKPOINT OUT",
+        help="copy a finished stage's student as a Hugging Face directory",
+    ),
+    "report": Command(
+        target="launch.report:report_command",
+        arguments="DIR",
+        help="write report.html of a run",
+    ),
+    "config show": Command(
+        target="launch.run_config:show_command",
+        arguments="CONFIG",
+        help="print the run file with all defaults filled in",
+    ),
+    "config schema": Command(
+        target="launch.run_config:schema_command",
+        arguments="",
+        help="print the JSON schema of run files",
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    name, rest = split_command(argv)
+    if name is None:
+        print(f"genrecal: no command {' '.join(argv[:2])!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, _unwind)
+    module, function = COMMANDS[name].target.split(":")
+    try:
+        return getattr(importlib.import_module(module), function)(rest)
+    except GenrecalError as error:
+        print(f"genrecal {name}: error [{error.code}]: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def split_command(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Split the words that name a subcommand from its arguments; the name is None when there is none."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return name, argv[words:]
+    return None, argv
+
+
+def usage() -> str:
+    """Return the help text of the whole command."""
+    width = max(len(f"{name} {command.arguments}") for name, command in COMMANDS.items())
+    lines = [f"  {f'{name} {command.arguments}':<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "genrecal: run a large vision-language teacher once, distil many small students from its cached targets",
+            "",
+            *lines,
+            "",
+            "CONFIG is a YAML run file; any of its fields is overridden by --dotted.name VALUE.",
+            "`genrecal COMMAND --help` lists them.",
+        ]
+    )
+
+
+def _unwind(signum: int, frame: FrameType | None) -> None:
+    # one signal unwinds the stack so that `finally` blocks run; a second one ends the process at once
+    signal.signal(signum, signal.SIG_DFL)
+    raise SystemExit(128 + signum)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    sys.exit(main())

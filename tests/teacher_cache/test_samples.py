@@ -1,0 +1,119 @@
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from teacher_cache.config import DataConfig
+from teacher_cache.errors import DataError, SampleError
+from teacher_cache.samples import decode_image, read_samples
+
+
+def png(width: int = 16, height: int = 16, *, shade: int = 100) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("L", (width, height), shade).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def row(
+    name: str, *, answer: str = "seven", images: Any = None, question: str = "<image>Which digit?"
+) -> dict[str, Any]:
+    return {
+        "id": name,
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        "images": [png()] if images is None else images,
+    }
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in rows))
+    return path
+
+
+def test_parquet_and_jsonl_give_the_same_samples(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    typed = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which digit?"}]}
+    as_path = row("x", images=["a.png"]) | {"messages": [typed, {"role": "assistant", "content": "seven"}]}
+    from_jsonl = read_samples(DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", [as_path]))))
+    from_parquet = read_samples(DataConfig(path=str(write_parquet(tmp_path / "a.parquet", [row("x")]))))
+    assert from_jsonl.samples == from_parquet.samples
+    assert from_jsonl.samples[0].messages[0].content == (None, "Which digit?")
+
+
+def test_digest_follows_content_and_not_the_id_or_path(tmp_path: Path) -> None:
+    rows = [row("a"), row("b"), row("c", answer="eight"), row("d", images=[png(shade=101)])]
+    digests = [
+        s.digest for s in read_samples(DataConfig(path=str(write_parquet(tmp_path / "a.parquet", rows)))).samples
+    ]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+BAD_ROWS = {
+    "missing-image": row("bad", images=["nowhere.png"]),
+    "empty-answer": row("bad", answer="  ", images=[{"path": "g.png"}]),
+    "no-answer": {"id": "bad", "messages": [{"role": "user", "content": "Hello"}], "images": []},
+    "bad-row": {"id": "bad", "text": "Hello"},
+}
+
+
+@pytest.mark.parametrize("reason", BAD_ROWS)
+def test_a_bad_row_stops_the_read_or_is_skipped_and_listed(tmp_path: Path, reason: str) -> None:
+    rows = [row("good-1", images=[{"path": "g.png"}]), BAD_ROWS[reason], row("good-2", images=[{"path": "g.png"}])]
+    (tmp_path / "g.png").write_bytes(png())
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    with pytest.raises(DataError, match=f"bad: {reason}"):
+        read_samples(DataConfig(path=path))
+    read = read_samples(DataConfig(path=path, max_skipped_samples=1))
+    assert [sample.sample_id for sample in read.samples] == ["good-1", "good-2"]
+    assert [(bad.sample_id, bad.reason) for bad in read.skipped] == [("bad", reason)]
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        ([b"not an image"], "corrupt-image"),
+        ([], "bad-row"),
+        (["../secret.png"], "bad-row"),
+        (["/etc/passwd"], "bad-row"),
+        (["https://example.com/a.png"], "bad-row"),
+    ],
+)
+def test_unusable_images_are_named(tmp_path: Path, images: list[Any], reason: str) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [row("bad", images=images)])
+    with pytest.raises(DataError, match=f"bad: {reason}"):
+        read_samples(DataConfig(path=str(path)))
+
+
+def test_duplicate_ids_are_bad_rows(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [row("same"), row("same", answer="nine")])
+    with pytest.raises(DataError, match="the id occurs twice"):
+        read_samples(DataConfig(path=str(path)))
+
+
+def test_a_truncated_image_is_found_when_decoded() -> None:
+    with pytest.raises(SampleError) as caught:
+        decode_image(png(64, 64)[:-30], sample_id="torn")
+    assert (caught.value.sample_id, caught.value.reason) == ("torn", "corrupt-image")
+
+
+def test_a_decompression_bomb_is_refused_from_its_header() -> None:
+    with pytest.raises(SampleError, match="exceeds 89478485 pixels"):
+        decode_image(png(13_000, 13_000), sample_id="bomb")
+
+
+def test_unknown_file_kind_and_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text\n")
+    with pytest.raises(DataError, match=r"neither \.parquet nor \.jsonl"):
+        read_samples(DataConfig(path=str(tmp_path / "a.csv")))
+    with pytest.raises(DataError, match="no data file"):
+        read_samples(DataConfig(path=str(tmp_path / "b.parquet")))
