@@ -1,0 +1,140 @@
+"""The run file: one YAML with the cache, its students, their training and evaluation.
+
+The file must be complete; any of its fields is then overridden by ``--dotted.name VALUE``. Relative
+paths are relative to the working directory.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from distill.config import StudentConfig, TrainConfig
+from teacher_cache.config import CacheConfig, StrictConfig
+from teacher_cache.errors import ConfigError
+
+
+class EvaluationConfig(StrictConfig):
+    """Held-out scoring."""
+
+    data: str
+    """Parquet or JSON-lines file of held-out conversations; the last answer of each is the reference."""
+    scorer: str = "exact"
+    """`exact` (normalised equality with the reference), or `digits` (the facts of the digit-grid demo)."""
+    max_samples: int | None = Field(default=None, gt=0)
+    """Score only the first so many; all by default."""
+    batch_size: int = Field(default=64, gt=0)
+    """Samples per generated batch."""
+    max_new_tokens: int = Field(default=256, gt=0)
+    """Longest answer in tokens."""
+
+
+class RunConfig(StrictConfig):
+    """A whole job: one cache, any number of students."""
+
+    output_dir: str
+    """Folder for training state, students, evaluation and report."""
+    cache: CacheConfig
+    students: tuple[StudentConfig, ...] = Field(min_length=1)
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig | None = None
+
+    @model_validator(mode="after")
+    def _unique_students(self) -> "RunConfig":
+        names = [student.name for student in self.students]
+        if len(set(names)) != len(names):
+            raise ValueError(f"students must have different names, found {', '.join(names)}")
+        return self
+
+    def student(self, name: str | None) -> StudentConfig:
+        """Return the student called ``name``, or the only one when it is None.
+
+        Raises:
+            ConfigError: There is no such student, or several and no name.
+        """
+        if name is None and len(self.students) == 1:
+            return self.students[0]
+        for student in self.students:
+            if student.name == name:
+                return student
+        names = ", ".join(student.name for student in self.students)
+        raise ConfigError(f"no student {name!r} in the run file; choose one of {names} with --student")
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file and apply dotted overrides.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or has unknown, missing or ill-typed keys.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"run file {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"run file {path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"run file {path} holds {type(values).__name__}; expected keys such as `cache` and `students`"
+        )
+    config = validated(values, source=str(path))
+    if not overrides:
+        return config
+    import tyro  # costs a tenth of a second, and most calls have no override
+
+    return tyro.cli(tyro.conf.AvoidSubcommands[RunConfig], default=config, args=list(overrides), prog=f"genrecal ... {path}")
+
+
+def validated(values: dict[str, Any], *, source: str) -> RunConfig:
+    """Check parsed values; every fault is named with its dotted path."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        faults = "\n".join(
+            f"  {'.'.join(map(str, fault['loc'])) or '(whole file)'}: {fault['msg']}" for fault in error.errors()
+        )
+        raise ConfigError(f"{source} is no valid run file:\n{faults}\nSee `genrecal config schema`.") from error
+
+
+def write_run_config(config: RunConfig, path: Path, *, header: str = "") -> None:
+    """Write a run file that loads to the same configuration, replacing the old one atomically."""
+    comment = "".join(f"# {line}\n" for line in header.splitlines())
+    text = comment + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def show_command(argv: list[str]) -> int:
+    """Print a run file with all defaults filled in."""
+    path, overrides = split_config_path(argv, command="config show")
+    config = load_run_config(path, overrides)
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def schema_command(argv: list[str]) -> int:
+    """Print the JSON schema of run files."""
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+    return 0
+
+
+def split_config_path(argv: Sequence[str], *, command: str) -> tuple[str, list[str]]:
+    """Split the run file's path from the overrides behind it.
+
+    Raises:
+        ConfigError: The first argument is no path.
+    """
+    if not argv or argv[0].startswith("-"):
+        raise ConfigError(
+            f"genrecal {command} takes a run file first: genrecal {command} run.yaml [--dotted.name VALUE]"
+        )
+    return argv[0], list(argv[1:])
