@@ -1,4 +1,4 @@
-"""Small Hugging Face model directories of true architectures, with random weights and tokenizers trained on a corpus."""
+"""Small Hugging Face model directories of true architectures: random weights, tokenizers trained on a corpus."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def build_processor(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> An
         return transformers.Qwen2VLProcessor(
             transformers.Qwen2VLImageProcessor(**sizes, **limits, **IMAGE_STATISTICS),
             tokenizer,
-            transformers.Qwen2VLVideoProcessor(**sizes, **limits, **IMAGE_STATISTICS),
+            transformers.Qwen2VLVideoProcessor(**sizes, **limits, **IMAGE_STATISTICS, cap_pixels_per_frame=False),
             chat_template=template,
         )
     square = {"height": spec.tile_size, "width": spec.tile_size}
@@ -102,6 +102,12 @@ def build_processor(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> An
         num_additional_image_tokens=1,
         chat_template=template,
     )
+
+
+def _token_id(tokenizer: "PreTrainedTokenizerFast", token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(token_id, int)
+    return token_id
 
 
 def _text_sizes(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
@@ -140,10 +146,10 @@ def _qwen2_vl_config(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> "
             "temporal_patch_size": 2,
             "initializer_range": spec.initializer_range,
         },
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        image_token_id=_token_id(tokenizer, "<|image_pad|>"),
+        video_token_id=_token_id(tokenizer, "<|video_pad|>"),
+        vision_start_token_id=_token_id(tokenizer, "<|vision_start|>"),
+        vision_end_token_id=_token_id(tokenizer, "<|vision_end|>"),
         tie_word_embeddings=False,
     )
 
@@ -166,7 +172,7 @@ def _internvl_config(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> "
     return InternVLConfig(
         text_config=_text_sizes(spec, tokenizer) | {"model_type": spec.text_model},
         vision_config=_square_vision(spec) | {"layer_scale_init_value": 1.0},
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_token_id=_token_id(tokenizer, "<IMG_CONTEXT>"),
         image_seq_length=spec.patches_per_side**2 // 4,
         downsample_ratio=0.5,
         tie_word_embeddings=False,
@@ -179,7 +185,7 @@ def _llava_config(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> "Pre
     return LlavaConfig(
         text_config=_text_sizes(spec, tokenizer) | {"model_type": "llama"},
         vision_config=_square_vision(spec) | {"model_type": "clip_vision_model", "projection_dim": spec.vision_hidden},
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=_token_id(tokenizer, "<image>"),
         image_seq_length=spec.patches_per_side**2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",

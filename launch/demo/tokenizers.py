@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, assert_never
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.trainers import Trainer
     from transformers import PreTrainedTokenizerFast
 
 TokenizerKind = Literal["byte-bpe", "unigram", "metaspace-bpe"]
@@ -121,26 +122,25 @@ def _with_roles(corpus: Iterable[str]) -> Iterator[str]:
         yield from (text, "user\n", "assistant\n")
 
 
-def _untrained(kind: TokenizerKind, *, vocab_size: int, special_tokens: list[str]) -> "tuple[Tokenizer, object]":
+def _untrained(kind: TokenizerKind, *, vocab_size: int, special_tokens: list[str]) -> "tuple[Tokenizer, Trainer]":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    common = {"vocab_size": vocab_size, "show_progress": False}
+    common: dict[str, Any] = {"vocab_size": vocab_size, "show_progress": False}
     if kind == "byte-bpe":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         return tokenizer, trainers.BpeTrainer(special_tokens=special_tokens, initial_alphabet=alphabet, **common)
-    special_tokens = ["<unk>", *special_tokens]
-    common |= {"special_tokens": special_tokens, "initial_alphabet": PRINTABLE_ASCII}
+    common |= {"special_tokens": ["<unk>", *special_tokens], "initial_alphabet": PRINTABLE_ASCII}
+    trainer: Trainer
     if kind == "unigram":
         tokenizer = Tokenizer(models.Unigram())
         trainer = trainers.UnigramTrainer(unk_token="<unk>", **common)
-    elif kind == "metaspace-bpe":
+    else:
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
         trainer = trainers.BpeTrainer(**common)
-    else:
-        assert_never(kind)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    lines = pre_tokenizers.Split("\n", "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, pre_tokenizers.Metaspace(prepend_scheme="never")])
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
     return tokenizer, trainer
