@@ -15,11 +15,12 @@ os.environ |= {
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
+import pytest
 
-from launch.demo.models import ModelSpec, create_model_directory  # noqa: E402
+from launch.demo.digits import generate_digit_vqa
+from launch.demo.models import ModelSpec, create_model_directory
 
 CORPUS = (
     "Which digit is in the top left corner? Answer with one word.",
@@ -63,3 +64,11 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen2 without vision, byte-level BPE, 320 rows."""
     return _directory(tmp_path_factory, ModelSpec(family="qwen2", tokenizer="byte-bpe", vocab_size=320), seed=4)
+
+
+@pytest.fixture(scope="session")
+def digit_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parquet file with 28 rows of 1 to 3 turns about 16 x 16 images, all question families."""
+    folder = tmp_path_factory.mktemp("digits")
+    generate_digit_vqa(folder, num_train=28, num_test=7, seed=0)
+    return folder / "train.parquet"
