@@ -88,7 +88,9 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         return config
     import tyro  # costs a tenth of a second, and most calls have no override
 
-    return tyro.cli(tyro.conf.AvoidSubcommands[RunConfig], default=config, args=list(overrides), prog=f"genrecal ... {path}")
+    return tyro.cli(
+        tyro.conf.AvoidSubcommands[RunConfig], default=config, args=list(overrides), prog=f"genrecal ... {path}"
+    )
 
 
 def validated(values: dict[str, Any], *, source: str) -> RunConfig:

@@ -1,0 +1,120 @@
+"""`genrecal run`: cache -> train every student -> evaluate -> report, skipping what is complete.
+
+Each step decides for itself, from what lies in the run's folder, whether it has anything left to do; a
+run that was killed anywhere is continued by starting it again.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.logs import setup_logging
+from launch.processes import run_process, trainer_environment
+from launch.run_config import RunConfig, load_run_config, split_config_path, write_run_config
+from launch.train_commands import evaluate_run
+from teacher_cache.errors import GenrecalError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One part of a run, by the name under which its duration is kept."""
+
+    name: str
+    action: Callable[[], object]
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Run everything that a run file describes."""
+    path, overrides = split_config_path(argv, command="run")
+    config = load_run_config(path, overrides)
+    output_dir = Path(config.output_dir)
+    setup_logging(output_dir / "logs" / "run.log")
+    run_pipeline(config)
+    logger.info("results: %s", output_dir / "results.json")
+    return 0
+
+
+def run_pipeline(config: RunConfig) -> None:
+    """Build the cache, train, evaluate and report.
+
+    Raises:
+        GenrecalError: A step failed; its own message says how to go on.
+    """
+    output_dir = Path(config.output_dir)
+    names = "+".join(student.name for student in config.students)
+    run_file = output_dir / "run-files" / f"{config.students[0].name}.yaml"
+    write_run_config(config, run_file, header=f"Everything that decided the run of {names}; loads to the same run.")
+    steps = [
+        Step(name="cache", action=lambda: build(config)),
+        *(
+            Step(name=f"train {student.name}", action=lambda name=student.name: train(config, name, run_file=run_file))  # type: ignore[misc]
+            for student in config.students
+        ),
+    ]
+    if config.evaluation is not None:
+        steps.append(Step(name=f"evaluate {names}", action=lambda: evaluate_run(config)))
+        steps.append(Step(name="report", action=lambda: report(output_dir)))
+    for number, step in enumerate(steps, start=1):
+        logger.info("step %d of %d: %s", number, len(steps), step.name)
+        with timed(output_dir, step=step.name):
+            step.action()
+
+
+def build(config: RunConfig) -> None:
+    """Build the teacher cache, or find it complete.
+
+    Raises:
+        CacheIncomplete: Some shards could not be built.
+    """
+    from teacher_cache.build import build_cache
+
+    build_cache(config.cache, log_dir=Path(config.output_dir) / "logs")
+
+
+def train(config: RunConfig, student: str, *, run_file: Path) -> None:
+    """Train one student in processes of its own, so that this one stays free of torch.distributed.
+
+    Raises:
+        GenrecalError: Training failed.
+    """
+    command = [sys.executable, "-m", "launch.cli", "train", str(run_file), "--student", student]
+    code = run_process(command, environment=trainer_environment(num_processes=config.train.num_processes))
+    if code > 128:
+        raise SystemExit(code)
+    if code != 0:
+        log = Path(config.output_dir) / "logs" / f"train-{student}.log"
+        raise GenrecalError(f"training {student} failed with exit code {code}; see {log}. Run again to resume.")
+
+
+def report(output_dir: Path) -> None:
+    """Write the HTML report."""
+    from launch.report import write_report
+
+    logger.info("report: %s", write_report(output_dir))
+
+
+@contextmanager
+def timed(output_dir: Path, *, step: str) -> Iterator[None]:
+    """Add the time that a step takes to timings.json: a step continued in a second run counts both."""
+    path = output_dir / "timings.json"
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        timings = json.loads(path.read_text()) if path.exists() else []
+        earlier = next((timing for timing in timings if timing["step"] == step), None)
+        if earlier is None:
+            earlier = {"step": step, "seconds": 0.0}
+            timings.append(earlier)
+        earlier["seconds"] = round(earlier["seconds"] + time.monotonic() - start, 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(timings, indent=2) + "\n")
+        temporary.replace(path)

@@ -1,0 +1,128 @@
+"""`genrecal train`, `eval` and `export`."""
+
+import argparse
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from distill.config import STAGES, StudentConfig
+from launch.logs import setup_logging
+from launch.processes import run_process, torchrun_command, trainer_environment, under_launcher
+from launch.results import Evaluated, collect_results, evaluated_models
+from launch.run_config import EvaluationConfig, RunConfig, load_run_config, split_config_path
+from teacher_cache.config import DataConfig
+from teacher_cache.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+def train_command(argv: Sequence[str]) -> int:
+    """Train one student; start the configured number of processes unless a launcher did."""
+    path, rest = split_config_path(argv, command="train")
+    parser = argparse.ArgumentParser(prog="genrecal train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--student")
+    parser.add_argument("--stage", choices=STAGES)
+    options, overrides = parser.parse_known_args(rest)
+    config = load_run_config(path, overrides)
+    student = config.student(options.student)
+    if config.train.num_processes > 1 and not under_launcher():
+        command = torchrun_command(["train", *argv], num_processes=config.train.num_processes)
+        return run_process(command, environment=trainer_environment(num_processes=config.train.num_processes))
+    output_dir = Path(config.output_dir)
+    setup_logging(output_dir / "logs" / f"train-{student.name}.log")
+    from distill.trainer import train_student
+
+    stages = None if options.stage is None else (options.stage,)
+    train_student(cache=config.cache, student=student, train=config.train, output_dir=output_dir, stages=stages)
+    return 0
+
+
+def eval_command(argv: Sequence[str]) -> int:
+    """Score the teacher, every untouched student and every trained one; write results.json."""
+    path, overrides = split_config_path(argv, command="eval")
+    config = load_run_config(path, overrides)
+    setup_logging(Path(config.output_dir) / "logs" / "eval.log")
+    results = evaluate_run(config)
+    print(json.dumps(results, indent=2))
+    return 0
+
+
+def evaluate_run(config: RunConfig) -> dict[str, object]:
+    """Score all models of a run that exist and are not scored yet; return what results.json then holds.
+
+    Raises:
+        ConfigError: The run file has no `evaluation`.
+    """
+    if config.evaluation is None:
+        raise ConfigError("the run file has no `evaluation`: add at least `evaluation: {data: held-out.parquet}`")
+    output_dir = Path(config.output_dir)
+    for model in evaluated_models(config):
+        if not model.path.exists() and model.trained:
+            logger.info("student %s is not trained yet: not scored", model.name)
+            continue
+        _evaluate(model, evaluation=config.evaluation, output_dir=output_dir, max_length=config.cache.data.max_length)
+    return collect_results(config)
+
+
+def export_command(argv: Sequence[str]) -> int:
+    """Copy the student that a finished stage left behind to a directory of its own."""
+    if len(argv) != 2:
+        raise ConfigError("genrecal export takes two arguments: genrecal export RUN/training/STUDENT/STAGE OUT")
+    stage, target = Path(argv[0]), Path(argv[1])
+    source = stage / "export" if (stage / "export").is_dir() else stage
+    if not (source / "config.json").is_file():
+        raise DataError(f"no finished student in {stage}: expected export/config.json of a stage that is done")
+    if target.exists():
+        raise DataError(f"{target} exists already: choose another directory")
+    shutil.copytree(source, target)
+    logger.info("wrote %s", target)
+    return 0
+
+
+def _evaluate(model: Evaluated, *, evaluation: EvaluationConfig, output_dir: Path, max_length: int) -> None:
+    result_path = output_dir / "evaluation" / f"{model.name}.json"
+    key_path = result_path.with_suffix(".key")
+    key = _evaluation_key(model.path, evaluation=evaluation)
+    if result_path.exists() and key_path.exists() and key_path.read_text() == key:
+        return
+    logger.info("scoring %s (%s)", model.name, model.path)
+    from distill.evaluate import EvaluationSettings, evaluate_model
+    from distill.scoring import read_result
+
+    teacher = output_dir / "evaluation" / "teacher.json"
+    evaluate_model(
+        model.path,
+        name=model.name,
+        data=DataConfig(path=evaluation.data, max_samples=evaluation.max_samples, max_length=max_length),
+        output_path=result_path,
+        scorer=_scorer(evaluation.scorer),
+        teacher_answers=None if model.name == "teacher" else read_result(teacher).answers,
+        settings=EvaluationSettings(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
+    )
+    key_path.write_text(key)
+
+
+def _scorer(name: str) -> Callable[..., float]:
+    if name == "digits":
+        from launch.demo.digits import score_row
+
+        return score_row
+    from distill.scoring import exact_match
+
+    return exact_match
+
+
+def _evaluation_key(path: Path, *, evaluation: EvaluationConfig) -> str:
+    digest = hashlib.sha256(evaluation.model_dump_json().encode())
+    for file in (*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.json")), Path(evaluation.data)):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def student_directory(config: RunConfig, student: StudentConfig) -> Path:
+    """Return where a finished student lies."""
+    return Path(config.output_dir) / "students" / student.name
