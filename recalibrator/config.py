@@ -32,7 +32,7 @@ class RecalibratorConfig:
                 raise ValueError(f"Recalibrator {name} must be at least 1, found {value}")
         if self.output_norm not in get_args(OutputNorm):
             raise ValueError(
-                f"unknown Recalibrator output_norm {self.output_norm!r}: expected one of {', '.join(get_args(OutputNorm))}"
+                f"unknown Recalibrator output_norm {self.output_norm!r}: expected one of {get_args(OutputNorm)}"
             )
 
     @property

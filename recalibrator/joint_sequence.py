@@ -102,8 +102,8 @@ def joint_turns(question_spans: Sequence[tuple[int, int]], *, answer_lengths: Se
     """
     if len(question_spans) != len(answer_lengths):
         raise ValueError(
-            f"turn counts differ: {len(question_spans)} on the question side and {len(answer_lengths)} in the teacher's "
-            "answers. Every assistant turn must survive both tokenizers: check both chat templates and the length limits"
+            f"turn counts differ: {len(question_spans)} on the question side, {len(answer_lengths)} in the teacher's "
+            "answers. Every assistant turn must survive both tokenizers: check both chat templates and length limits"
         )
     gaps = question_gaps(question_spans)
     return tuple(Turn(stop - start, length) for (start, stop), length in zip(gaps, answer_lengths, strict=True))
@@ -185,8 +185,8 @@ def shuffle_questions(turns: Sequence[Sequence[Turn]]) -> ShuffledQuestions:
 def _check_turns(sample: int, turns: Sequence[Turn]) -> None:
     if not turns or any(count < 1 for turn in turns for count in turn):
         raise ValueError(
-            f"bad turns of sample {sample} in the batch: expected at least one turn, each with at least one question row "
-            f"and one answer row, found {[tuple(turn) for turn in turns]}"
+            f"bad turns of sample {sample} in the batch: expected at least one turn, each with at least one question "
+            f"row and one answer row, found {[tuple(turn) for turn in turns]}"
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig
 
 from recalibrator.config import OutputNorm, RecalibratorConfig
 from recalibrator.joint_sequence import JointSequence
@@ -33,10 +33,10 @@ class Recalibrator(nn.Module):
         self.config = config
         bias = config.projection_bias
         std = getattr(config.student_config, "initializer_range", 0.02)
-        body = _text_body(config)
+        blocks, rotary = _student_blocks(config)
         self.pre_projection = _linear(config.teacher_hidden, config.student_hidden, bias=bias, std=std)
-        self.blocks: nn.ModuleList = body.layers
-        self.rotary = _Rotary(body.rotary_emb)
+        self.blocks = blocks
+        self.rotary = _Rotary(rotary)
         self.post_projection = _linear(config.student_hidden, config.teacher_hidden, bias=bias, std=std)
         self.output_norm = _output_norm(config.output_norm, config.teacher_hidden)
 
@@ -148,16 +148,17 @@ def _output_norm(kind: OutputNorm, width: int) -> nn.Module:
     return norms[kind]()
 
 
-def _text_body(config: RecalibratorConfig) -> PreTrainedModel:
-    """Build the student family's text model at the Recalibrator's depth, with next to no vocabulary."""
+def _student_blocks(config: RecalibratorConfig) -> tuple[nn.ModuleList, nn.Module]:
+    """Build the student family's text model, with next to no vocabulary, and take its layers and rotary embedding."""
     block_config = _block_config(config.student_config, num_blocks=config.num_blocks)
     body = AutoModel.from_config(block_config, dtype=torch.get_default_dtype())
-    if not isinstance(getattr(body, "layers", None), nn.ModuleList) or not hasattr(body, "rotary_emb"):
-        raise ValueError(
+    layers, rotary = getattr(body, "layers", None), getattr(body, "rotary_emb", None)
+    if not isinstance(layers, nn.ModuleList) or not isinstance(rotary, nn.Module):
+        raise ValueError(  # noqa: TRY004 - the config is at fault, not the type of an argument
             f"cannot build Recalibrator blocks of model type {block_config.model_type!r}: expected a text model with "
             f"`layers` and `rotary_emb`, found {type(body).__name__}"
         )
-    return body
+    return layers, rotary
 
 
 def _block_config(student_config: PreTrainedConfig, *, num_blocks: int) -> PreTrainedConfig:

@@ -1,0 +1,212 @@
+"""Pure losses of distillation: nats per token, unreduced, softmax applied inside.
+
+Losses through a head that is too wide for dense logits are in `distill.chunked_losses` and importable from here.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from distill.chunked_losses import (
+    DEFAULT_CHUNKS,
+    ChunkSizes,
+    TokenLosses,
+    accumulation_dtype,
+    linear_ce,
+    linear_ce_kl,
+)
+
+__all__ = [
+    "DEFAULT_CHUNKS",
+    "HEAD_CHUNK_ROWS",
+    "AlignedRows",
+    "ChunkSizes",
+    "TokenLosses",
+    "align_spans",
+    "feature_mse",
+    "forward_kl",
+    "head_ce",
+    "jensen_shannon",
+    "linear_ce",
+    "linear_ce_kl",
+    "reverse_kl",
+    "topk_forward_kl",
+    "topk_uld_loss",
+    "uld_loss",
+]
+
+HEAD_CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedRows:
+    """Rows of two tokenisations that are compared with each other, position by position in each span."""
+
+    student: Int[Tensor, " tokens"]
+    teacher: Int[Tensor, " tokens"]
+
+
+def head_ce(
+    head: Callable[[Tensor], Tensor],
+    rows: Float[Tensor, "tokens hidden"],
+    *,
+    labels: Int[Tensor, " tokens"],
+    chunk_rows: int = HEAD_CHUNK_ROWS,
+    num_chunks: int | None = None,
+) -> Float[Tensor, " tokens"]:
+    """Return the cross-entropy of each token through a head *module*, in float32.
+
+    Formula: ``-log softmax(head(rows))[label]``, in row chunks that are computed again in the backward pass.
+    Why: under ZeRO-3 a head's weight exists only inside the head's own call; a module may also do more than a product.
+    Source: activation checkpointing, arXiv 1604.06174, over chunks of rows.
+
+    Every call of ``head`` is a collective under ZeRO-3, so ranks with different token counts must still make the same
+    number of calls: pass ``num_chunks`` there (chunks may then be empty).
+    """
+    if num_chunks is None:
+        num_chunks = max(1, -(-rows.shape[0] // chunk_rows))
+    losses = [
+        checkpoint(_head_chunk_ce, head, chunk, chunk_labels, use_reentrant=False)
+        for chunk, chunk_labels in zip(rows.tensor_split(num_chunks), labels.tensor_split(num_chunks), strict=True)
+    ]
+    return torch.cat(losses)
+
+
+def forward_kl(
+    student_logits: Float[Tensor, "*tokens vocab"], teacher_logits: Float[Tensor, "*tokens vocab"]
+) -> Float[Tensor, "*tokens"]:
+    """Return ``KL(teacher || student) = sum_v p_teacher (log p_teacher - log p_student)``.
+
+    Why: the paper's direction; it punishes the student where it misses mass that the teacher has (mode covering).
+    Source: arXiv 1503.02531; arXiv 2506.15681 at temperature 1.
+    """
+    return _kl(_log_softmax(teacher_logits), _log_softmax(student_logits))
+
+
+def reverse_kl(
+    student_logits: Float[Tensor, "*tokens vocab"], teacher_logits: Float[Tensor, "*tokens vocab"]
+) -> Float[Tensor, "*tokens"]:
+    """Return ``KL(student || teacher) = sum_v p_student (log p_student - log p_teacher)``.
+
+    Why: a student too small for all modes should not spread over what the teacher rules out (mode seeking).
+    Source: MiniLLM, arXiv 2306.08543.
+    """
+    return _kl(_log_softmax(student_logits), _log_softmax(teacher_logits))
+
+
+def jensen_shannon(
+    student_logits: Float[Tensor, "*tokens vocab"],
+    teacher_logits: Float[Tensor, "*tokens vocab"],
+    *,
+    beta: float = 0.5,
+) -> Float[Tensor, "*tokens"]:
+    """Return ``beta KL(teacher || m) + (1 - beta) KL(student || m)`` with ``m = beta teacher + (1 - beta) student``.
+
+    Why: bounded (by ln 2 at ``beta=0.5``) and so calm on saturated teachers; between forward and reverse KL.
+    Source: GKD, arXiv 2306.13649, equation 1.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"jensen_shannon needs 0 < beta < 1, found {beta}: use forward_kl or reverse_kl at the ends")
+    student, teacher = _log_softmax(student_logits), _log_softmax(teacher_logits)
+    mixture = torch.stack([teacher + math.log(beta), student + math.log1p(-beta)]).logsumexp(0)
+    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+
+
+def topk_forward_kl(
+    student_logits: Float[Tensor, "*tokens vocab"],
+    topk_ids: Int[Tensor, "*tokens k"],
+    topk_logprobs: Float[Tensor, "*tokens k"],
+) -> Float[Tensor, "*tokens"]:
+    """Return forward KL with the teacher's top-k entries and everything else as one bucket.
+
+    Formula: ``sum_{i <= k} p_i (log p_i - log q_i) + p_rest (log p_rest - log q_rest)`` with teacher ``p``, student
+    ``q``, ``p_rest = 1 - sum p_i`` and ``q_rest = 1 - sum q_i``; a lower bound of the full forward KL.
+    Why: needs only tier L of the cache. Dropping the rest or renormalising would push the student's tail to zero.
+    Source: the tail bucket of arXiv 2503.16870 (sparse logit sampling), there as the baseline "ghost token".
+    """
+    student = _log_softmax(student_logits)
+    teacher = topk_logprobs.to(student.dtype)
+    topk_student = student.gather(-1, topk_ids.long())
+    if topk_ids.shape[-1] == student.shape[-1]:
+        return _kl(teacher, topk_student)
+    student_rest = student.scatter(-1, topk_ids.long(), -torch.inf).logsumexp(-1, keepdim=True)
+    teacher_rest = (1 - teacher.exp().sum(-1, keepdim=True)).clamp(min=0).log()
+    return _kl(torch.cat([teacher, teacher_rest], -1), torch.cat([topk_student, student_rest], -1))
+
+
+def uld_loss(
+    student_logits: Float[Tensor, "tokens student_vocab"], teacher_logits: Float[Tensor, "tokens teacher_vocab"]
+) -> Float[Tensor, " tokens"]:
+    """Return the universal logit distillation loss: ``sum_i |p_(i) - q_(i)|`` over probabilities sorted downwards.
+
+    The smaller vocabulary is padded with zeros. A distance in probability (0..2), not in nats.
+    Why: the baseline for different tokenizers; ids never have to match, rows are paired by `align_spans`.
+    Source: arXiv 2402.12030 (the Wasserstein-1 term).
+    """
+    student, teacher = (
+        _log_softmax(logits).exp().sort(dim=-1, descending=True).values for logits in (student_logits, teacher_logits)
+    )
+    padding = student.shape[-1] - teacher.shape[-1]
+    student, teacher = functional.pad(student, (0, max(-padding, 0))), functional.pad(teacher, (0, max(padding, 0)))
+    return (student - teacher).abs().sum(-1)
+
+
+def topk_uld_loss(
+    student_logits: Float[Tensor, "tokens student_vocab"], topk_logprobs: Float[Tensor, "tokens k"]
+) -> Float[Tensor, " tokens"]:
+    """Return `uld_loss` from the teacher's top-k: ``sum_{i <= k} |p_(i) - q_(i)| + |p_rest - q_rest|``.
+
+    A lower bound of the full loss. Why: needs only tier L of the cache. Source: arXiv 2402.12030, tail bucket ours.
+    """
+    probabilities = _log_softmax(student_logits).exp()
+    k = min(topk_logprobs.shape[-1], probabilities.shape[-1])
+    student = probabilities.topk(k, dim=-1).values
+    teacher = topk_logprobs[..., :k].to(student.dtype).exp()
+    return (student - teacher).abs().sum(-1) + (student.sum(-1) - teacher.sum(-1)).abs()
+
+
+def align_spans(student_lengths: Sequence[int], teacher_lengths: Sequence[int]) -> AlignedRows:
+    """Pair packed answer rows of both sides: the first ``min(student, teacher)`` rows of each span, in order.
+
+    The truncation of arXiv 2402.12030, per assistant turn instead of per sample.
+    """
+    student, teacher, student_start, teacher_start = [torch.arange(0)], [torch.arange(0)], 0, 0
+    for num_student, num_teacher in zip(student_lengths, teacher_lengths, strict=True):
+        shared = torch.arange(min(num_student, num_teacher))
+        student.append(student_start + shared)
+        teacher.append(teacher_start + shared)
+        student_start += num_student
+        teacher_start += num_teacher
+    return AlignedRows(student=torch.cat(student), teacher=torch.cat(teacher))
+
+
+def feature_mse(
+    rows: Float[Tensor, "tokens hidden"], target_rows: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, " tokens"]:
+    """Return ``mean_h (rows - target_rows)^2`` per token, in float32: squared feature units, not nats.
+
+    Why: the weakest form of the regularisation term in the paper's ablation. Source: arXiv 2506.15681.
+    """
+    dtype = accumulation_dtype(rows.dtype)
+    return (rows.to(dtype) - target_rows.to(dtype)).square().mean(-1)
+
+
+def _head_chunk_ce(head: Callable[[Tensor], Tensor], rows: Tensor, labels: Tensor) -> Tensor:
+    logits = head(rows)
+    return functional.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), labels.long(), reduction="none")
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Sum ``p (log p - log q)``; entries that p rules out count zero, also where q rules them out too."""
+    p = log_p.exp()
+    return (p * torch.where(p > 0, log_p - log_q, 0)).sum(-1)
