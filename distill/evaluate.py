@@ -1,0 +1,230 @@
+"""Evaluate any Hugging Face model directory, student or teacher, on held-out conversations.
+
+Answers come from batched greedy generation. Bits per byte are teacher-forced: the nats of all answer
+tokens over ln 2 and over the UTF-8 bytes of the answer text, so that models with different tokenizers
+compare. The nats of the end-of-turn token count, so that a model pays for where it expects the end.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor
+
+from distill.batch import JoinedSample, collate, to_device
+from distill.scoring import (
+    EvaluationResult,
+    SampleRow,
+    Scorer,
+    accuracy_by_family,
+    agreement,
+    exact_match,
+    write_result,
+)
+from distill.student import load_student, resolve_model
+from teacher_cache.chat import Processor, encode_conversation, load_processor, render_prompt, tokenizer_of
+from teacher_cache.config import DataConfig, Dtype
+from teacher_cache.errors import SampleError
+from teacher_cache.progress import progress
+from teacher_cache.samples import decode_image, parse_row, read_rows, read_samples
+from teacher_cache.schema import EncodedConversation, Sample
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """How a model is run: none of it changes the result beyond rounding, but ``max_new_tokens`` cuts answers."""
+
+    batch_size: int
+    max_new_tokens: int
+    dtype: Dtype
+    """Element type of the weights."""
+    device: str | None = None
+    """Torch device; by default the GPU where there is one."""
+    revision: str | None = None
+    """Commit of the repository; not used for a directory."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatModel:
+    """A model ready to answer, with its processor."""
+
+    model: transformers.PreTrainedModel
+    processor: Processor
+
+
+def evaluate_model(
+    model: str | Path,
+    *,
+    name: str,
+    data: DataConfig,
+    settings: EvaluationSettings,
+    output_path: Path | None = None,
+    scorer: Scorer = exact_match,
+    teacher_answers: Mapping[str, str] | None = None,
+) -> EvaluationResult:
+    """Answer and score every sample of ``data``; write the result to ``output_path``.
+
+    Args:
+        model: Directory, or repository id, of a student or teacher.
+        name: Name of the model in the result.
+        data: Held-out conversations; the last answer of each is what the model is asked for.
+        settings: How to run the model.
+        output_path: JSON file to write.
+        scorer: Judges one answer; see ``Scorer``.
+        teacher_answers: ``answers`` of the teacher's own result, for the agreement with it.
+    """
+    chat = load_chat_model(model, settings=settings)
+    samples = read_samples(data).samples
+    rows = read_sample_rows(data, samples=samples)
+    answers = generate_answers(chat, samples=samples, settings=settings)
+    scores = {row.sample_id: float(scorer(row, answers[row.sample_id])) for row in rows}
+    result = EvaluationResult(
+        name=name,
+        num_samples=len(samples),
+        accuracy=sum(scores.values()) / len(scores),
+        accuracy_by_family=accuracy_by_family(rows, scores=scores),
+        bits_per_byte=bits_per_byte(chat, samples=samples, max_length=data.max_length, settings=settings),
+        teacher_agreement=None if teacher_answers is None else agreement(answers, teacher_answers=teacher_answers),
+        answers=answers,
+        scores=scores,
+    )
+    if output_path is not None:
+        write_result(result, output_path)
+    return result
+
+
+def load_chat_model(model: str | Path, *, settings: EvaluationSettings) -> ChatModel:
+    """Load a model, with all its weights, and its processor for greedy decoding.
+
+    Raises:
+        ConfigError: The checkpoint lacks weights, or its tokenizer has no chat template.
+    """
+    path = resolve_model(str(model), revision=settings.revision)
+    processor = load_processor(str(path), trust_remote_code=settings.trust_remote_code)
+    tokenizer = tokenizer_of(processor)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded = load_student(path, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
+    own = loaded.generation_config
+    # replaced whole: a checkpoint's sampling settings (temperature, repetition penalty) fill what a call leaves open
+    loaded.generation_config = transformers.GenerationConfig(
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return ChatModel(model=loaded.to(device).eval(), processor=processor)  # type: ignore[arg-type]
+
+
+def read_sample_rows(data: DataConfig, *, samples: Sequence[Sample]) -> list[SampleRow]:
+    """Return the reference answer and the further columns of each sample, in their order."""
+    columns: dict[str, dict[str, Any]] = {}
+    path = Path(data.path)
+    image_root = Path(data.image_root) if data.image_root else path.parent
+    for number, row in enumerate(read_rows(path)):
+        try:
+            sample_id = parse_row(row, number=number, image_root=image_root).sample_id
+        except SampleError:  # counted and listed by read_samples
+            continue
+        extra = {key: value for key, value in row.items() if key not in ("id", "messages", "images")}
+        columns.setdefault(sample_id, extra)
+    return [
+        SampleRow(sample_id=sample.sample_id, reference=reference_answer(sample), columns=columns[sample.sample_id])
+        for sample in samples
+    ]
+
+
+def reference_answer(sample: Sample) -> str:
+    """Return the text of the last assistant turn."""
+    return next(message.text for message in reversed(sample.messages) if message.role == "assistant")
+
+
+@torch.inference_mode()
+def generate_answers(chat: ChatModel, *, samples: Sequence[Sample], settings: EvaluationSettings) -> dict[str, str]:
+    """Answer the last question of each sample greedily; return the answers by sample id, in the samples' order."""
+    answers: dict[str, str] = {}
+    tokenizer = tokenizer_of(chat.processor)
+    # answers of like length together: a batch runs until its longest answer ends
+    ordered = sorted(samples, key=lambda sample: (len(reference_answer(sample)), sample.sample_id))
+    with progress(total=len(samples), unit="sample", description="answer") as bar:
+        for batch in _batches(ordered, size=settings.batch_size):
+            inputs = _prompt_inputs(chat, batch)
+            tokens = chat.model.generate(**inputs, max_new_tokens=settings.max_new_tokens)  # type: ignore[operator]
+            new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+            answers |= {sample.sample_id: text.strip() for sample, text in zip(batch, texts, strict=True)}
+            bar.update(len(batch))
+    return {sample.sample_id: answers[sample.sample_id] for sample in samples}
+
+
+@torch.inference_mode()
+def bits_per_byte(
+    chat: ChatModel, *, samples: Sequence[Sample], max_length: int, settings: EvaluationSettings
+) -> float:
+    """Return the bits that the model needs per UTF-8 byte of all reference answers.
+
+    Raises:
+        SampleError: A sample does not fit in ``max_length`` tokens of this model.
+    """
+    total_nats, total_bytes = 0.0, 0
+    ordered = sorted(samples, key=lambda sample: (len(render_prompt(chat.processor, sample)), sample.sample_id))
+    with progress(total=len(samples), unit="sample", description="bits per byte") as bar:
+        for batch in _batches(ordered, size=settings.batch_size):
+            encoded = [encode_conversation(chat.processor, sample, max_length=max_length) for sample in batch]
+            total_nats += _answer_nats(chat, encoded)
+            total_bytes += sum(conversation.answer_bytes for conversation in encoded)
+            bar.update(len(batch))
+    return total_nats / math.log(2) / total_bytes
+
+
+def _answer_nats(chat: ChatModel, conversations: Sequence[EncodedConversation]) -> float:
+    """Return the summed cross-entropy of all answer tokens, in nats."""
+    joined = [JoinedSample(encoded=conversation, targets=None) for conversation in conversations]
+    batch = collate(
+        joined,
+        with_answers=True,
+        with_recalibrator=False,
+        with_regularization=False,
+        with_topk=False,
+        include_boundary_row=True,
+    )
+    student = to_device(batch.student, chat.model.device)
+    width = student.input_ids.shape[1]
+    # the head runs only at positions where some sample of the batch has an answer
+    kept, kept_index = (student.predicting_rows % width).unique(return_inverse=True)
+    logits = chat.model(
+        input_ids=student.input_ids,
+        attention_mask=student.attention_mask,
+        **student.model_inputs,
+        logits_to_keep=kept,
+        use_cache=False,
+    ).logits
+    rows = logits[student.predicting_rows // width, kept_index].float()
+    return float(torch.nn.functional.cross_entropy(rows, student.labels, reduction="none").double().sum())
+
+
+def _prompt_inputs(chat: ChatModel, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Encode prompts for generation: padded on the left, so that every row goes on at the same position."""
+    texts = [render_prompt(chat.processor, sample) for sample in samples]
+    images = [decode_image(image, sample_id=sample.sample_id) for sample in samples for image in sample.images]
+    encoded = chat.processor(
+        text=texts,
+        **({"images": images} if images else {}),
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    return {key: value.to(chat.model.device) for key, value in encoded.items()}
+
+
+def _batches(items: Sequence[Item], *, size: int) -> Iterator[Sequence[Item]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
