@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -24,7 +24,7 @@ class EvaluationConfig(StrictConfig):
 
     data: str
     """Parquet or JSON-lines file of held-out conversations; the last answer of each is the reference."""
-    scorer: str = "exact"
+    scorer: Literal["exact", "digits"] = "exact"
     """`exact` (normalised equality with the reference), or `digits` (the facts of the digit-grid demo)."""
     max_samples: int | None = Field(default=None, gt=0)
     """Score only the first so many; all by default."""
@@ -41,8 +41,10 @@ class RunConfig(StrictConfig):
     """Folder for training state, students, evaluation and report."""
     cache: CacheConfig
     students: tuple[StudentConfig, ...] = Field(min_length=1)
+    """Students that train from the cache, one after the other."""
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig | None = None
+    """Held-out scoring at the end of a run; none by default."""
 
     @model_validator(mode="after")
     def _unique_students(self) -> "RunConfig":

@@ -1,0 +1,69 @@
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.pipeline import timed
+from launch.processes import run_process, trainer_environment, under_launcher
+
+
+def test_exit_codes_pass_through() -> None:
+    assert run_process([sys.executable, "-c", "import sys; sys.exit(4)"], environment=os.environ) == 4
+
+
+def test_a_process_ended_by_a_signal_reports_it() -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert run_process([sys.executable, "-c", code], environment=os.environ) == 128 + signal.SIGKILL
+
+
+def test_sigterm_is_passed_on_and_reported(tmp_path: Path) -> None:
+    ready, ended = tmp_path / "ready", tmp_path / "ended"
+    code = (
+        "import pathlib, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(ended)!r}).touch(), sys.exit(0)))\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+
+    def terminate_when_ready() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate_when_ready).start()
+    assert run_process([sys.executable, "-c", code], environment=os.environ) == 128 + signal.SIGTERM
+    assert ended.exists()
+
+
+def test_cores_are_shared_out_and_own_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert trainer_environment(num_processes=3)["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert trainer_environment(num_processes=3)["OMP_NUM_THREADS"] == "5"
+
+
+def test_a_partial_launch_environment_counts_as_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert not under_launcher()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert under_launcher()
+
+
+def test_timings_add_up_over_runs_and_survive_a_failure(tmp_path: Path) -> None:
+    import json
+
+    with timed(tmp_path, step="a"):
+        time.sleep(0.11)
+    with pytest.raises(RuntimeError, match="boom"), timed(tmp_path, step="b"):
+        raise RuntimeError("boom")
+    with timed(tmp_path, step="a"):
+        time.sleep(0.11)
+    timings = {timing["step"]: timing["seconds"] for timing in json.loads((tmp_path / "timings.json").read_text())}
+    assert timings["a"] >= 0.2
+    assert set(timings) == {"a", "b"}
