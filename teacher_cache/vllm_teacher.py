@@ -1,0 +1,199 @@
+"""The teacher in vLLM: one teacher-forced prefill per conversation, targets computed inside the engine."""
+
+import gc
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from jaxtyping import Int
+
+from teacher_cache.answer_scores import stored_rows, unpack
+from teacher_cache.config import BuildConfig, TeacherConfig
+from teacher_cache.errors import SampleError, TeacherError
+from teacher_cache.schema import EncodedConversation, TeacherTargets, predicting_rows
+from teacher_cache.teacher import check_topk, make_targets
+from teacher_cache.teacher_checkpoint import checkpoint_directory, read_config, torch_dtype
+from teacher_cache.vllm_plugin import PREFIX
+
+CPU_KV_CACHE_GIB = 0.25
+"""Key-value cache on a CPU unless the config says otherwise: vLLM would take a fraction of all memory."""
+
+
+def engine_environment(*, on_cuda: bool, log_file: Path | None = None) -> dict[str, str]:
+    """Return the environment variables that vLLM reads when it is imported.
+
+    On a CPU the engine runs inside this process, without pinning threads to cores and without compiling.
+    """
+    variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+    if log_file is not None:
+        variables["VLLM_LOGGING_LEVEL"] = "INFO"
+        variables["VLLM_LOGGING_CONFIG_PATH"] = str(_logging_config_path(log_file))
+    if not on_cuda:
+        variables |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    return variables
+
+
+class VllmTeacher:
+    """One vLLM engine. Its log goes to ``log_file``; without one only its errors are printed."""
+
+    def __init__(
+        self, config: TeacherConfig, *, build: BuildConfig, max_length: int, log_file: Path | None = None
+    ) -> None:
+        directory = checkpoint_directory(config)
+        on_cuda = torch.cuda.is_available()
+        _prepare_process(on_cuda=on_cuda, log_file=log_file)
+        import vllm
+
+        self.dtype = torch_dtype(config)
+        self.provenance = {"engine": "vllm", "engine_version": vllm.__version__}
+        text_config = transformers.AutoConfig.from_pretrained(
+            directory, trust_remote_code=config.trust_remote_code
+        ).get_text_config()
+        self.hidden_size: int = text_config.hidden_size
+        self.vocab_size: int = text_config.vocab_size
+        try:
+            self._llm: Any = vllm.LLM(
+                **engine_arguments(config, directory=directory, build=build, max_length=max_length, on_cuda=on_cuda)
+            )
+        except (ValueError, RuntimeError) as error:
+            raise TeacherError(f"vLLM {vllm.__version__} cannot start the teacher {config.model}: {error}") from error
+
+    def compute(
+        self, conversations: Sequence[EncodedConversation], *, topk: int, question_rows: Sequence[bool]
+    ) -> list[TeacherTargets]:
+        """Return the targets in order."""
+        check_topk(topk, vocab_size=self.vocab_size)
+        if not conversations:
+            return []
+        outputs = self._encode(conversations, topk=topk, question_rows=question_rows)
+        return [
+            self._targets(conversation, output, topk=topk, with_question=wanted)
+            for conversation, output, wanted in zip(conversations, outputs, question_rows, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Shut the engine down and free its memory."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        del self._llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def _encode(
+        self, conversations: Sequence[EncodedConversation], *, topk: int, question_rows: Sequence[bool]
+    ) -> list[Any]:
+        from vllm import PoolingParams
+        from vllm.exceptions import VLLMValidationError
+
+        from teacher_cache.vllm_pooler import TASK, TargetsRequest
+
+        prompts, params = [], []
+        for conversation, wanted in zip(conversations, question_rows, strict=True):
+            images = {"multi_modal_data": {"image": list(conversation.images)}} if conversation.images else {}
+            prompts.append({"prompt_token_ids": list(conversation.prompt_token_ids)} | images)
+            request = TargetsRequest(spans=conversation.spans, topk=topk, question_rows=wanted)
+            params.append(
+                PoolingParams(task=TASK, skip_reading_prefix_cache=True, extra_kwargs=request.to_extra_kwargs())
+            )
+        try:
+            return self._llm.encode(prompts, pooling_params=params, pooling_task=TASK, use_tqdm=False)
+        except VLLMValidationError as error:
+            if len(conversations) == 1:
+                sample_id = conversations[0].sample_id
+                raise SampleError(
+                    f"vLLM refuses sample {sample_id}: {error}", sample_id=sample_id, reason="engine-refused"
+                ) from error
+            # one by one, the refused sample is found and named
+            return [
+                output
+                for conversation, wanted in zip(conversations, question_rows, strict=True)
+                for output in self._encode([conversation], topk=topk, question_rows=[wanted])
+            ]
+
+    def _targets(
+        self, conversation: EncodedConversation, output: Any, *, topk: int, with_question: bool
+    ) -> TeacherTargets:
+        check_token_ids(conversation, found=np.asarray(output.prompt_token_ids))
+        num_tokens = len(conversation.token_ids)
+        try:
+            rows, scores = unpack(
+                output.outputs.data,
+                num_rows=len(stored_rows(conversation.spans, num_tokens=num_tokens, with_question=with_question)),
+                hidden_size=self.hidden_size,
+                dtype=self.dtype,
+                num_answers=len(predicting_rows(conversation.spans)),
+                topk=topk,
+            )
+        except ValueError as error:
+            raise TeacherError(f"sample {conversation.sample_id}: {error}") from error
+        return make_targets(conversation, rows=rows, scores=scores, with_question=with_question)
+
+
+def engine_arguments(
+    config: TeacherConfig, *, directory: Path, build: BuildConfig, max_length: int, on_cuda: bool
+) -> dict[str, Any]:
+    """Return the arguments of ``vllm.LLM``: the pooling runner on the twin of the teacher's own class."""
+    kv_cache_gib = build.kv_cache_gib or (None if on_cuda else CPU_KV_CACHE_GIB)
+    return {
+        "model": str(directory),
+        "runner": "pooling",
+        "hf_overrides": {"architectures": [PREFIX + read_config(directory)["architectures"][0]]},
+        "dtype": config.dtype,
+        "trust_remote_code": config.trust_remote_code,
+        "tensor_parallel_size": build.tensor_parallel_size,
+        "max_model_len": max_length,
+        "max_num_batched_tokens": build.max_batched_tokens,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+        "mm_processor_cache_gb": 0,
+        "limit_mm_per_prompt": {"video": 0, "audio": 0},
+        "skip_mm_profiling": not on_cuda,
+        "enforce_eager": not on_cuda,
+        "use_tqdm_on_load": False,
+    }
+
+
+def check_token_ids(conversation: EncodedConversation, *, found: Int[np.ndarray, " tokens"]) -> None:
+    """Raise TeacherError when the engine saw other tokens than the conversation holds."""
+    expected = conversation.token_ids
+    if np.array_equal(expected, found):
+        return
+    shared = min(len(expected), len(found))
+    differing = np.flatnonzero(expected[:shared] != found[:shared])
+    first = int(differing[0]) if len(differing) else shared
+    raise TeacherError(
+        f"sample {conversation.sample_id}: vLLM expanded the prompt to other tokens than the teacher's processor: "
+        f"expected {len(expected)} tokens, found {len(found)}; first difference at token {first}. Prompts go to "
+        "vLLM with one placeholder per image; check that both use the same image processor settings"
+    )
+
+
+def _prepare_process(*, on_cuda: bool, log_file: Path | None) -> None:
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        _logging_config_path(log_file).write_text(json.dumps(_logging_config(log_file)), encoding="utf-8")
+    os.environ |= engine_environment(on_cuda=on_cuda, log_file=log_file)
+
+
+def _logging_config_path(log_file: Path) -> Path:
+    return log_file.with_suffix(".logging.json")
+
+
+def _logging_config(log_file: Path) -> dict[str, Any]:
+    line = "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"format": line}},
+        "handlers": {"file": {"class": "logging.FileHandler", "filename": str(log_file), "formatter": "line"}},
+        "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
+    }
