@@ -1,0 +1,228 @@
+"""Targets as arrays: bfloat16 bits, the checks before storing, the teacher head.
+
+Stored arrays are little-endian and exact: float32 and float16 as they are, bfloat16 as its 16 bits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from teacher_cache.config import Dtype
+from teacher_cache.errors import CacheCorrupt, TeacherError
+from teacher_cache.schema import Span, TeacherHead, TeacherTargets
+
+Axis = Literal["tokens", "turns", "tier_a", "tier_q", "answer_tokens"]
+AXES: tuple[Axis, ...] = get_args(Axis)
+DTYPES: dict[Dtype, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes and types that all samples of a shard share."""
+
+    dtype: Dtype
+    """Element type of the hidden states."""
+    hidden_size: int
+    topk: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One stored array: its ragged axis, stored element type, and the shape of one row."""
+
+    axis: Axis
+    dtype: np.dtype
+    row_shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Stored size of one row."""
+        return self.dtype.itemsize * int(np.prod(self.row_shape, dtype=np.int64))
+
+
+def stored_fields(layout: Layout) -> dict[str, Field]:
+    """Return every ragged array of a shard, by name."""
+    hidden = np.dtype("<u2" if layout.dtype == "bfloat16" else {"float16": "<f2", "float32": "<f4"}[layout.dtype])
+    int32, float32 = np.dtype("<i4"), np.dtype("<f4")
+    return {
+        "token_ids": Field(axis="tokens", dtype=int32, row_shape=()),
+        "spans": Field(axis="turns", dtype=int32, row_shape=(2,)),
+        "hidden_states": Field(axis="tier_a", dtype=hidden, row_shape=(layout.hidden_size,)),
+        "question_hidden_states": Field(axis="tier_q", dtype=hidden, row_shape=(layout.hidden_size,)),
+        "topk_ids": Field(axis="answer_tokens", dtype=int32, row_shape=(layout.topk,)),
+        "topk_logprobs": Field(axis="answer_tokens", dtype=float32, row_shape=(layout.topk,)),
+        "logsumexp": Field(axis="answer_tokens", dtype=float32, row_shape=()),
+        "target_logprobs": Field(axis="answer_tokens", dtype=float32, row_shape=()),
+    }
+
+
+def layout_of(targets: TeacherTargets) -> Layout:
+    """Return the sizes and types of one sample.
+
+    Raises:
+        TeacherError: the hidden states have a type or rank that is not stored.
+    """
+    dtype = str(targets.hidden_states.dtype).removeprefix("torch.")
+    if dtype not in DTYPES or targets.hidden_states.ndim != 2 or targets.topk_ids.ndim != 2:
+        raise TeacherError(
+            f"sample {targets.sample_id!r}: hidden_states is {dtype} of shape {tuple(targets.hidden_states.shape)} and "
+            f"topk_ids of shape {tuple(targets.topk_ids.shape)}; expected two axes each and one of {', '.join(DTYPES)}"
+        )
+    return Layout(dtype=dtype, hidden_size=targets.hidden_states.shape[1], topk=targets.topk_ids.shape[1])
+
+
+def axis_lengths(spans: tuple[Span, ...], *, num_tokens: int) -> dict[Axis, int]:
+    """Return the number of rows that one sample has on each ragged axis, tier Q included."""
+    answer_tokens = sum(span.stop - span.start for span in spans)
+    tier_a = answer_tokens + len(spans)
+    return {
+        "tokens": num_tokens,
+        "turns": len(spans),
+        "tier_a": tier_a,
+        "tier_q": num_tokens - tier_a,
+        "answer_tokens": answer_tokens,
+    }
+
+
+def encode_targets(targets: TeacherTargets, *, layout: Layout, vocab_size: int | None) -> dict[str, np.ndarray]:
+    """Check one sample and return its stored arrays by field name.
+
+    Raises:
+        TeacherError: a value, type or row count is wrong; names the sample and the field.
+    """
+    where = f"sample {targets.sample_id!r}"
+    _check_spans(targets.spans, num_tokens=len(targets.token_ids), where=where)
+    lengths = axis_lengths(targets.spans, num_tokens=len(targets.token_ids))
+    if targets.question_hidden_states is None:
+        lengths["tier_q"] = 0
+    arrays = {}
+    for name, field in stored_fields(layout).items():
+        tensor = _tensor(targets, name, layout)
+        expected = (lengths[field.axis], *field.row_shape)
+        if tuple(tensor.shape) != expected:
+            raise TeacherError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {expected}")
+        _check_dtype(tensor, name=name, layout=layout, where=where)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise TeacherError(f"{where}: {name} holds NaN or infinity; the teacher's forward is broken for it")
+        arrays[name] = _to_array(tensor, field)
+    _check_values(targets, vocab_size=vocab_size, where=where)
+    return arrays
+
+
+def decode_targets(
+    sample_id: str, arrays: Mapping[str, np.ndarray], *, layout: Layout, has_question_rows: bool
+) -> TeacherTargets:
+    """Return the targets that :func:`encode_targets` stored; ids come back as int64."""
+    hidden = {name: _from_bits(arrays[name], layout) for name in ("hidden_states", "question_hidden_states")}
+    return TeacherTargets(
+        sample_id=sample_id,
+        token_ids=torch.from_numpy(arrays["token_ids"].astype(np.int64)),
+        spans=tuple(Span(int(start), int(stop)) for start, stop in arrays["spans"]),
+        hidden_states=hidden["hidden_states"],
+        question_hidden_states=hidden["question_hidden_states"] if has_question_rows else None,
+        topk_ids=torch.from_numpy(arrays["topk_ids"].astype(np.int64)),
+        topk_logprobs=torch.from_numpy(arrays["topk_logprobs"]),
+        logsumexp=torch.from_numpy(arrays["logsumexp"]),
+        target_logprobs=torch.from_numpy(arrays["target_logprobs"]),
+    )
+
+
+def save_teacher_head(head: TeacherHead, path: Path) -> None:
+    """Write the teacher head as safetensors, its scalars in the metadata."""
+    tensors = {"weight": head.weight.contiguous()}
+    if head.bias is not None:
+        tensors["bias"] = head.bias.contiguous()
+    metadata = {"logit_scale": repr(head.logit_scale)}
+    if head.logit_softcap is not None:
+        metadata["logit_softcap"] = repr(head.logit_softcap)
+    save_file(tensors, path, metadata=metadata)
+
+
+def load_teacher_head(path: Path) -> TeacherHead:
+    """Read what :func:`save_teacher_head` wrote.
+
+    Raises:
+        CacheCorrupt: the file is no teacher head.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            names = set(file.keys())
+            softcap = metadata.get("logit_softcap")
+            return TeacherHead(
+                weight=file.get_tensor("weight"),
+                bias=file.get_tensor("bias") if "bias" in names else None,
+                logit_scale=float(metadata["logit_scale"]),
+                logit_softcap=None if softcap is None else float(softcap),
+            )
+    except Exception as error:
+        raise CacheCorrupt(f"{path}: not a teacher head: {error}") from error
+
+
+def _tensor(targets: TeacherTargets, name: str, layout: Layout) -> Tensor:
+    if name == "spans":
+        return torch.tensor(targets.spans, dtype=torch.int64).reshape(-1, 2)
+    if name == "question_hidden_states" and targets.question_hidden_states is None:
+        return torch.empty(0, layout.hidden_size, dtype=DTYPES[layout.dtype])
+    return getattr(targets, name)
+
+
+def _to_array(tensor: Tensor, field: Field) -> np.ndarray:
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.numpy().astype(field.dtype, copy=False)
+
+
+def _from_bits(array: np.ndarray, layout: Layout) -> Tensor:
+    if layout.dtype == "bfloat16":
+        return torch.from_numpy(array).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _check_spans(spans: tuple[Span, ...], *, num_tokens: int, where: str) -> None:
+    stop = 1
+    for span in spans:
+        if not stop <= span.start < span.stop <= num_tokens:
+            raise TeacherError(
+                f"{where}: answer span {tuple(span)} of {num_tokens} tokens; expected ordered spans of at least one "
+                f"token that start at 1 or later (this one at {stop} or later)"
+            )
+        stop = span.stop
+    if not spans:
+        raise TeacherError(f"{where}: it has no answer span; skip a sample without an answer")
+
+
+def _check_dtype(tensor: Tensor, *, name: str, layout: Layout, where: str) -> None:
+    expected: str
+    if name in ("hidden_states", "question_hidden_states"):
+        expected, good = layout.dtype, tensor.dtype == DTYPES[layout.dtype]
+    elif name in ("token_ids", "spans", "topk_ids"):
+        expected, good = "int32 or int64", tensor.dtype in (torch.int32, torch.int64)
+    else:
+        expected, good = "float32", tensor.dtype == torch.float32
+    if not good or tensor.device.type != "cpu":
+        raise TeacherError(f"{where}: {name} is {tensor.dtype} on {tensor.device}, expected {expected} on the CPU")
+
+
+def _check_values(targets: TeacherTargets, *, vocab_size: int | None, where: str) -> None:
+    for name in ("token_ids", "topk_ids"):
+        ids = getattr(targets, name)
+        limit = vocab_size if name == "topk_ids" and vocab_size is not None else 2**31
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
+            raise TeacherError(
+                f"{where}: {name} ranges over {int(ids.min())}..{int(ids.max())}, expected 0..{limit - 1}"
+            )
+    logprobs = targets.topk_logprobs
+    if bool((logprobs[:, 1:] > logprobs[:, :-1]).any()):
+        raise TeacherError(f"{where}: topk_logprobs is not sorted, highest first")
+    highest = max(float(logprobs.max()), float(targets.target_logprobs.max()))
+    if highest > 1e-3:
+        raise TeacherError(f"{where}: a log-probability is {highest}; expected none above 0")
