@@ -113,7 +113,8 @@ def jensen_shannon(
     """
     if not 0 < beta < 1:
         raise ValueError(f"jensen_shannon needs 0 < beta < 1, found {beta}: use forward_kl or reverse_kl at the ends")
-    student, teacher = _log_softmax(student_logits), _log_softmax(teacher_logits)
+    # The floor changes nothing (exp(-1e4) is 0 in any precision) and keeps -inf - (-inf) out of the gradient.
+    student, teacher = (_log_softmax(logits).clamp(min=-1e4) for logits in (student_logits, teacher_logits))
     mixture = torch.stack([teacher + math.log(beta), student + math.log1p(-beta)]).logsumexp(0)
     return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
 
@@ -128,7 +129,7 @@ def topk_forward_kl(
     Formula: ``sum_{i <= k} p_i (log p_i - log q_i) + p_rest (log p_rest - log q_rest)`` with teacher ``p``, student
     ``q``, ``p_rest = 1 - sum p_i`` and ``q_rest = 1 - sum q_i``; a lower bound of the full forward KL.
     Why: needs only tier L of the cache. Dropping the rest or renormalising would push the student's tail to zero.
-    Source: the tail bucket of arXiv 2503.16870 (sparse logit sampling), there as the baseline "ghost token".
+    Source: arXiv 2503.16870 measures the bias of plain top-k targets; the bucket keeps the total mass right.
     """
     student = _log_softmax(student_logits)
     teacher = topk_logprobs.to(student.dtype)

@@ -13,7 +13,7 @@ The row before answer token j predicts it: for j = 0 that is the *boundary row*,
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -42,9 +42,9 @@ class JointSequence:
     boundary_mask: Bool[Tensor, " answer_tokens"]
     """True where the predicting row is the last question row of its turn."""
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "JointSequence":
         """Return the same layout on another device."""
-        return type(self)(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+        return JointSequence(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
 
 
 @dataclass(frozen=True, kw_only=True)

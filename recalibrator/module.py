@@ -1,8 +1,8 @@
 """The Recalibrator module: pre-projection, the student's own decoder blocks, post-projection, output norm."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -66,14 +66,14 @@ class Recalibrator(nn.Module):
         return self.output_norm(self.post_projection(predicting))
 
     @torch.no_grad()
-    def copy_blocks(self, student_layers: Sequence[nn.Module]) -> None:
+    def copy_blocks(self, student_layers: nn.ModuleList) -> None:
         """Start the blocks from the student's last decoder layers instead of fresh weights."""
         if len(student_layers) < len(self.blocks):
             raise ValueError(
                 f"cannot start {len(self.blocks)} Recalibrator blocks from {len(student_layers)} student layers: "
                 "lower num_blocks"
             )
-        for block, layer in zip(self.blocks, list(student_layers)[-len(self.blocks) :], strict=True):
+        for block, layer in zip(self.blocks, student_layers[-len(self.blocks) :], strict=True):
             block.load_state_dict(layer.state_dict())
 
     def _blocks_forward(
@@ -113,7 +113,7 @@ class _Rotary(nn.Module):
     def forward(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self.rotary(hidden_states, positions)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Rotary":
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

@@ -1,0 +1,311 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen2VLTextConfig, Qwen3Config
+
+from distill.losses import linear_ce_kl
+from recalibrator import Recalibrator, RecalibratorConfig
+from recalibrator.joint_sequence import Turn, plan_joint_sequence
+
+TEACHER, STUDENT = 24, 32
+SMALL = {
+    "hidden_size": STUDENT,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "vocab_size": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+FAMILIES = {
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen2_vl_text": Qwen2VLTextConfig(**SMALL, rope_parameters=MROPE),
+    "qwen3": Qwen3Config(**SMALL, head_dim=16),
+    "llama": LlamaConfig(**SMALL),
+}
+TURNS = [[Turn(3, 2), Turn(2, 4)], [Turn(5, 1)], [Turn(1, 3)]]
+
+
+@pytest.fixture(params=FAMILIES)
+def student_config(request):
+    return FAMILIES[request.param]
+
+
+def make_recalibrator(student_config, **options):
+    torch.manual_seed(0)
+    config = RecalibratorConfig(student_config=student_config, teacher_hidden=TEACHER, **options)
+    module = Recalibrator(config).double()
+    for parameter in module.parameters():  # the fresh std of 0.02 hides attention errors behind tiny weights
+        nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def random_rows(turns, *, question_width=STUDENT, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    questions = sum(turn.num_question_rows for sample in turns for turn in sample)
+    answers = sum(turn.num_answer_rows for sample in turns for turn in sample)
+    return (
+        torch.randn(questions, question_width, dtype=torch.float64, generator=generator),
+        torch.randn(answers, TEACHER, dtype=torch.float64, generator=generator),
+    )
+
+
+def run(module, questions, answers, turns, questions_from="student"):
+    return module(questions, answers, plan_joint_sequence(turns), questions_from=questions_from)
+
+
+def count_parameters(student_config, **options):
+    with torch.device("meta"):
+        module = Recalibrator(RecalibratorConfig(student_config=student_config, teacher_hidden=8192, **options))
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+QWEN2_VL_7B = Qwen2VLTextConfig(
+    hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, num_hidden_layers=28
+)
+INTERNVL2_5_8B = LlamaConfig(
+    hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336, num_hidden_layers=32
+)
+
+
+@pytest.mark.parametrize(("config", "expected"), [(QWEN2_VL_7B, 524_835_840), (INTERNVL2_5_8B, 503_332_864)])
+def test_parameter_counts_are_the_papers(config, expected):
+    assert count_parameters(config, output_norm="none") == expected
+    assert count_parameters(config) == expected + 2 * 8192
+    assert count_parameters(config, output_norm="rmsnorm") == expected + 8192
+    biases = 8192 + config.hidden_size
+    assert count_parameters(config, output_norm="none", projection_bias=True) == expected + biases
+
+
+def test_fresh_weights_have_the_students_std(student_config):
+    module = Recalibrator(RecalibratorConfig(student_config=student_config, teacher_hidden=2048))
+    for weight in (module.pre_projection.weight, module.post_projection.weight, module.blocks[0].mlp.up_proj.weight):
+        assert weight.std().item() == pytest.approx(student_config.initializer_range, rel=0.1)
+    assert len(module.blocks) == 2
+
+
+def test_matches_the_families_own_text_model(student_config):
+    module = make_recalibrator(student_config, output_norm="none")
+    reference_config = type(student_config).from_dict(
+        student_config.to_dict() | {"num_hidden_layers": 2, "layer_types": None}
+    )
+    reference = AutoModel.from_config(reference_config).double()
+    reference.layers.load_state_dict(module.blocks.state_dict())
+    reference.norm = nn.Identity()
+    questions, answers = random_rows(TURNS[:1])
+    output = run(module, questions, answers, TURNS[:1])
+    joint = torch.cat([questions[:3], answers[:2] @ module.pre_projection.weight.T])
+    joint = torch.cat([joint, questions[3:], answers[2:] @ module.pre_projection.weight.T])
+    states = reference(inputs_embeds=joint[None], use_cache=False).last_hidden_state[0]
+    expected = states[[2, 3, 6, 7, 8, 9]] @ module.post_projection.weight.T
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_sample_alone_equals_sample_in_a_padded_batch(student_config):
+    module = make_recalibrator(student_config)
+    questions, answers = random_rows(TURNS)
+    together = run(module, questions, answers, TURNS)
+    alone = torch.cat(
+        [
+            run(module, questions[:5], answers[:6], TURNS[:1]),
+            run(module, questions[5:10], answers[6:7], TURNS[1:2]),
+            run(module, questions[10:], answers[7:], TURNS[2:]),
+        ]
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+
+
+def test_one_samples_rows_change_no_other_sample(student_config):
+    module = make_recalibrator(student_config)
+    questions, answers = random_rows(TURNS)
+    before = run(module, questions, answers, TURNS)
+    questions[5:10] += 1
+    answers[6:7] -= 1
+    after = run(module, questions, answers, TURNS)
+    assert torch.equal(before[:6], after[:6])
+    assert torch.equal(before[7:], after[7:])
+    assert not torch.allclose(before[6:7], after[6:7])
+
+
+def test_later_rows_change_no_earlier_output(student_config):
+    module = make_recalibrator(student_config)
+    turns = TURNS[:1]
+    questions, answers = random_rows(turns)
+    before = run(module, questions, answers, turns)
+    answers_changed = answers.clone()
+    answers_changed[3] += 1  # row of answer token 1 in turn 1: predicts token 2
+    after = run(module, questions, answers_changed, turns)
+    assert torch.equal(before[:4], after[:4])
+    assert not torch.allclose(before[4:], after[4:])
+    questions[3] += 1  # first question row of turn 1
+    after = run(module, questions, answers, turns)
+    assert torch.equal(before[:2], after[:2])
+    assert not torch.allclose(before[2:], after[2:])
+
+
+def test_boundary_row_sees_no_answer_row_of_its_turn(student_config):
+    module = make_recalibrator(student_config)
+    turns = TURNS[2:]
+    questions, answers = random_rows(turns)
+    before = run(module, questions, answers, turns)
+    after = run(module, questions, answers + 1, turns)
+    assert torch.equal(before[0], after[0])
+    assert not torch.allclose(before[1:], after[1:])
+
+
+def test_positions_matter_and_restart_in_each_sample(student_config):
+    module = make_recalibrator(student_config)
+    questions, answers = random_rows([TURNS[0], TURNS[0]])
+    questions[5:], answers[6:] = questions[:5].clone(), answers[:6].clone()
+    output = run(module, questions, answers, [TURNS[0], TURNS[0]])
+    assert torch.equal(output[:6], output[6:])
+    swapped = questions[:5].clone()[[1, 0, 2, 3, 4]]
+    assert not torch.allclose(run(module, swapped, answers[:6], TURNS[:1]), output[:6])
+
+
+def test_teacher_questions_go_through_the_same_projection(student_config):
+    module = make_recalibrator(student_config)
+    questions, answers = random_rows(TURNS, question_width=TEACHER)
+    from_teacher = run(module, questions, answers, TURNS, "teacher")
+    from_student = run(module, module.pre_projection(questions), answers, TURNS)
+    torch.testing.assert_close(from_teacher, from_student)
+
+
+@pytest.mark.parametrize("term", ["ce_loss", "kl_loss"])
+def test_distillation_terms_reach_the_students_question_rows(student_config, term):
+    module = make_recalibrator(student_config)
+    questions, answers = random_rows(TURNS)
+    questions.requires_grad_()
+    plan = plan_joint_sequence(TURNS)
+    rows = module(questions, answers, plan, questions_from="student")
+    losses = linear_ce_kl(
+        rows,
+        teacher_rows=torch.randn_like(rows),
+        weight=torch.randn(50, TEACHER, dtype=torch.float64),
+        labels=torch.arange(len(rows)),
+    )
+    getattr(losses, term)[plan.boundary_mask].sum().backward()
+    assert (questions.grad.abs().sum(1) > 1e-6).all()
+
+
+def test_gradients_match_finite_differences(student_config):
+    module = make_recalibrator(student_config)
+    rows = random_rows(TURNS)
+    plan = plan_joint_sequence(TURNS)
+    weights = torch.randn(10, TEACHER, dtype=torch.float64)
+    for index in range(2):
+        direction = torch.randn_like(rows[index])
+
+        def loss(rows_along_direction, index=index):
+            inputs = [rows_along_direction if i == index else rows[i] for i in range(2)]
+            return (weights * module(*inputs, plan, questions_from="student")).sum()
+
+        leaf = rows[index].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+        step = 1e-3 * direction
+        difference = (loss(leaf.detach() + step) - loss(leaf.detach() - step)) / 2e-3
+        # The families' norms compute in float32 whatever the rows are.
+        torch.testing.assert_close((gradient * direction).sum(), difference, rtol=5e-3, atol=5e-3)
+
+
+def test_gradient_checkpointing_changes_no_number(student_config):
+    results = []
+    for gradient_checkpointing in (False, True):
+        module = make_recalibrator(student_config, gradient_checkpointing=gradient_checkpointing)
+        questions, answers = random_rows(TURNS)
+        output = run(module, questions.requires_grad_(), answers, TURNS)
+        output.square().sum().backward()
+        results.append([output, questions.grad, *(parameter.grad for parameter in module.parameters())])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_rotary_frequencies_stay_float32_in_bf16(student_config):
+    module = Recalibrator(RecalibratorConfig(student_config=student_config, teacher_hidden=TEACHER))
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    module.to(torch.bfloat16)
+    assert before
+    for name, buffer in module.named_buffers():
+        assert torch.equal(buffer, before[name])
+    questions, answers = random_rows(TURNS)
+    assert run(module, questions, answers, TURNS).dtype is torch.bfloat16
+
+
+def test_sliding_window_and_length_scaling_of_the_student_are_not_inherited():
+    plain = make_recalibrator(LlamaConfig(**SMALL))
+    scaled = LlamaConfig(
+        **SMALL,
+        max_position_embeddings=4,
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    )
+    window = Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=2, max_window_layers=0)
+    rows = random_rows(TURNS)
+    assert torch.equal(run(make_recalibrator(scaled), *rows, TURNS), run(plain, *rows, TURNS))
+    assert torch.equal(
+        run(make_recalibrator(window), *rows, TURNS), run(make_recalibrator(FAMILIES["qwen2"]), *rows, TURNS)
+    )
+
+
+def test_blocks_can_start_from_the_students_last_layers(student_config):
+    student = AutoModel.from_config(student_config).double()
+    module = make_recalibrator(student_config)
+    module.copy_blocks(student.layers)
+    for block, layer in zip(module.blocks, student.layers[-2:], strict=True):
+        for name, value in layer.state_dict().items():
+            assert torch.equal(block.state_dict()[name], value)
+    with pytest.raises(ValueError, match="cannot start 2 Recalibrator blocks from 1"):
+        module.copy_blocks(student.layers[:1])
+
+
+def test_the_students_config_is_left_alone(student_config):
+    before = student_config.to_dict()
+    make_recalibrator(student_config)
+    assert student_config.to_dict() == before
+
+
+def test_output_norm_options():
+    outputs = {
+        kind: run(
+            Recalibrator(
+                RecalibratorConfig(student_config=FAMILIES["llama"], teacher_hidden=TEACHER, output_norm=kind)
+            ),
+            *random_rows(TURNS),
+            TURNS,
+        )
+        for kind in ("layernorm", "rmsnorm", "none")
+    }
+    torch.testing.assert_close(outputs["layernorm"].mean(-1), torch.zeros(10), atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs["rmsnorm"].square().mean(-1), torch.ones(10), atol=0.05, rtol=0)
+    assert outputs["none"].square().mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, a: (q[:-1], a), "question rows from the student do not fit"),
+        (lambda q, a: (q, a[:-1]), "answer rows do not fit"),
+        (lambda q, a: (q[:, :-1], a), "question rows from the student do not fit"),
+    ],
+)
+def test_rows_that_do_not_fit_the_plan_are_refused(change, message):
+    module = make_recalibrator(FAMILIES["llama"])
+    questions, answers = change(*random_rows(TURNS))
+    with pytest.raises(ValueError, match=message):
+        run(module, questions, answers, TURNS)
+
+
+def test_families_with_several_rotary_bases_are_refused():
+    config = Gemma3TextConfig(**SMALL, pad_token_id=0)
+    with pytest.raises(ValueError, match=r"gemma3_text.*expected one rotary embedding"):
+        Recalibrator(RecalibratorConfig(student_config=config, teacher_hidden=TEACHER))
+
+
+@pytest.mark.parametrize("bad", [{"num_blocks": 0}, {"teacher_hidden": 0}, {"output_norm": "batchnorm"}])
+def test_bad_config_is_refused(bad):
+    config = RecalibratorConfig(student_config=FAMILIES["llama"], teacher_hidden=TEACHER)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        dataclasses.replace(config, **bad)
