@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import transformers
@@ -18,19 +18,19 @@ from torch import Tensor
 from distill.batch import JoinedSample, collate, to_device
 from distill.scoring import (
     EvaluationResult,
-    SampleRow,
     Scorer,
     accuracy_by_family,
     agreement,
     exact_match,
+    read_sample_rows,
+    reference_answer,
     write_result,
 )
 from distill.student import load_student, resolve_model
 from teacher_cache.chat import Processor, encode_conversation, load_processor, render_prompt, tokenizer_of
 from teacher_cache.config import DataConfig, Dtype
-from teacher_cache.errors import SampleError
 from teacher_cache.progress import progress
-from teacher_cache.samples import decode_image, parse_row, read_rows, read_samples
+from teacher_cache.samples import decode_image, read_samples
 from teacher_cache.schema import EncodedConversation, Sample
 
 Item = TypeVar("Item")
@@ -42,8 +42,8 @@ class EvaluationSettings:
 
     batch_size: int
     max_new_tokens: int
-    dtype: Dtype
-    """Element type of the weights."""
+    dtype: Dtype = "float32"
+    """Element type in which the model computes: float32 loses nothing of any checkpoint."""
     device: str | None = None
     """Torch device; by default the GPU where there is one."""
     revision: str | None = None
@@ -122,29 +122,6 @@ def load_chat_model(model: str | Path, *, settings: EvaluationSettings) -> ChatM
     )
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return ChatModel(model=loaded.to(device).eval(), processor=processor)  # type: ignore[arg-type]
-
-
-def read_sample_rows(data: DataConfig, *, samples: Sequence[Sample]) -> list[SampleRow]:
-    """Return the reference answer and the further columns of each sample, in their order."""
-    columns: dict[str, dict[str, Any]] = {}
-    path = Path(data.path)
-    image_root = Path(data.image_root) if data.image_root else path.parent
-    for number, row in enumerate(read_rows(path)):
-        try:
-            sample_id = parse_row(row, number=number, image_root=image_root).sample_id
-        except SampleError:  # counted and listed by read_samples
-            continue
-        extra = {key: value for key, value in row.items() if key not in ("id", "messages", "images")}
-        columns.setdefault(sample_id, extra)
-    return [
-        SampleRow(sample_id=sample.sample_id, reference=reference_answer(sample), columns=columns[sample.sample_id])
-        for sample in samples
-    ]
-
-
-def reference_answer(sample: Sample) -> str:
-    """Return the text of the last assistant turn."""
-    return next(message.text for message in reversed(sample.messages) if message.role == "assistant")
 
 
 @torch.inference_mode()

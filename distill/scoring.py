@@ -11,8 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from teacher_cache.config import StrictConfig
-from teacher_cache.errors import DataError
+from teacher_cache.config import DataConfig, StrictConfig
+from teacher_cache.errors import DataError, SampleError
+from teacher_cache.samples import parse_row, read_rows
+from teacher_cache.schema import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,29 @@ class EvaluationResult(StrictConfig):
     """Answer per sample id, without special tokens."""
     scores: dict[str, float]
     """Score per sample id."""
+
+
+def read_sample_rows(data: DataConfig, *, samples: Sequence[Sample]) -> list[SampleRow]:
+    """Return the reference answer and the further columns of each sample, in their order."""
+    columns: dict[str, dict[str, Any]] = {}
+    path = Path(data.path)
+    image_root = Path(data.image_root) if data.image_root else path.parent
+    for number, row in enumerate(read_rows(path)):
+        try:
+            sample_id = parse_row(row, number=number, image_root=image_root).sample_id
+        except SampleError:  # counted and listed by read_samples
+            continue
+        extra = {key: value for key, value in row.items() if key not in ("id", "messages", "images")}
+        columns.setdefault(sample_id, extra)
+    return [
+        SampleRow(sample_id=sample.sample_id, reference=reference_answer(sample), columns=columns[sample.sample_id])
+        for sample in samples
+    ]
+
+
+def reference_answer(sample: Sample) -> str:
+    """Return the text of the last assistant turn."""
+    return next(message.text for message in reversed(sample.messages) if message.role == "assistant")
 
 
 def normalize_answer(text: str) -> str:

@@ -17,9 +17,8 @@ from distill.evaluate import (
     evaluate_model,
     generate_answers,
     load_chat_model,
-    read_sample_rows,
 )
-from distill.scoring import SampleRow, agreement, exact_match, normalize_answer, read_result
+from distill.scoring import SampleRow, agreement, exact_match, normalize_answer, read_result, read_sample_rows
 from teacher_cache.chat import encode_conversation
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import ConfigError, DataError, SampleError
