@@ -86,8 +86,8 @@ class TransformersTeacher:
         )
         self.dtype = torch_dtype(config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: Any = auto.from_pretrained(directory, dtype=self.dtype, **options)
-        self.model.to(self.device).eval()
+        model: Any = auto.from_pretrained(directory, dtype=self.dtype, **options)
+        self.model = model.to(self.device).eval()
         self.hidden_size: int = model_config.get_text_config().hidden_size
         self.vocab_size: int = model_config.get_text_config().vocab_size
         self.provenance = {"engine": "transformers", "engine_version": transformers.__version__}

@@ -1,0 +1,221 @@
+"""The Ray job that fills a teacher cache: a pool of actors, one engine each, one shard at a time each.
+
+Shards are committed by the actors themselves, once, whole or not at all, so the job may be killed at any
+moment and started again. A failed shard is tried again in a fresh actor.
+"""
+
+import logging
+import math
+import os
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from teacher_cache.build_job import BuildJob, BuildSummary, StopRequest, stop_on_signals
+from teacher_cache.build_plan import open_builder
+from teacher_cache.config import BuildConfig, CacheConfig
+from teacher_cache.errors import CacheError, CacheIncomplete, ConfigError, GenrecalError, TeacherError
+from teacher_cache.manifest import PlannedShard
+from teacher_cache.progress import Progress, progress
+from teacher_cache.reader import open_cache
+from teacher_cache.samples import read_samples
+from teacher_cache.schema import Sample
+from teacher_cache.shard_worker import ShardReport, ShardWorker
+from teacher_cache.storage import local_root
+from teacher_cache.vllm_teacher import engine_environment
+from teacher_cache.writer import CacheWriter
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""For a cluster of our own, which listens on the loopback interface only and has no dashboard."""
+
+
+def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSummary:
+    """Build a cache, or what is missing of it.
+
+    Engine logs and ``cache-build.metrics.jsonl`` go to ``log_dir``, by default a folder beside the cache.
+
+    Raises:
+        DataError: More samples are bad than ``max_skipped_samples``.
+        CacheMismatch: The cache that is there was built from other content.
+        CacheIncomplete: Shards failed ``max_attempts`` times, or a signal ended the run; run it again.
+        TeacherError: The teacher does not start, or no shard at all can be computed.
+    """
+    started = time.monotonic()
+    root = local_root(config.uri)
+    log_dir = log_dir or root.parent / f"{root.name}-logs"
+    log_dir.mkdir(parents=True, exist_ok=True)
+    samples = read_samples(config.data)
+    writer = open_builder(config, samples)
+    job = BuildJob(
+        config=config,
+        writer=writer,
+        samples={sample.sample_id: sample for sample in samples.samples},
+        skipped=[*samples.skipped, *open_cache(config.uri, allow_incomplete=True).skipped],
+        log_dir=log_dir,
+    )
+    job.check_budget()
+    if missing := writer.missing_shards():
+        with stop_on_signals() as stop, _ray_session(config.build):
+            stop.install()
+            _Pool(job, stop=stop).run(missing)
+    return job.finish(seconds=time.monotonic() - started)
+
+
+class _Pool:
+    """Hands out shards to ``num_replicas`` actors until all are built or given up."""
+
+    def __init__(self, job: BuildJob, *, stop: StopRequest) -> None:
+        self.job = job
+        self.stop = stop
+        self.options = _actor_options(job.config.build)
+        self.attempts: Counter[str] = Counter()
+        self.failures: dict[str, BaseException] = {}
+        self.queue: deque[PlannedShard] = deque()
+        self.idle: list[Any] = []
+        self.running: dict[Any, tuple[Any, PlannedShard]] = {}
+        self.started = time.monotonic()
+
+    def run(self, missing: Sequence[PlannedShard]) -> None:
+        """Build the missing shards.
+
+        Raises:
+            CacheIncomplete: Some failed too often, or a signal came.
+            GenrecalError: What a retry cannot mend.
+        """
+        self.queue.extend(missing)
+        self.idle = [self._new_actor() for _ in range(min(len(missing), self.job.config.build.num_replicas))]
+        with progress(total=len(missing), unit="shard", description="cache build") as bar:
+            while self.queue or self.running:
+                self.stop.check(self.job)
+                self._hand_out()
+                done, _ = ray.wait(list(self.running), timeout=POLL_S)
+                for reference in done:
+                    self._collect(reference, bar)
+        if self.failures:
+            lines = "\n".join(f"  {shard_id}: {error}" for shard_id, error in self.failures.items())
+            raise CacheIncomplete(
+                f"{len(self.failures)} shard(s) of {self.job.config.uri} failed "
+                f"{self.job.config.build.max_attempts} times:\n{lines}\nAll others are committed; run the build "
+                f"again to try these. Engine logs are in {self.job.log_dir}"
+            )
+
+    def _new_actor(self) -> Any:
+        return _Actor.options(**self.options).remote(self.job.config, self.job.writer, self.job.log_dir)  # type: ignore[attr-defined]
+
+    def _hand_out(self) -> None:
+        while self.queue and self.idle:
+            actor, shard = self.idle.pop(), self.queue.popleft()
+            self.attempts[shard.shard_id] += 1
+            samples = [self.job.samples[sample_id] for sample_id in shard.sample_ids]
+            self.running[actor.build.remote(shard.shard_id, samples)] = (actor, shard)
+
+    def _collect(self, reference: Any, bar: Progress) -> None:
+        actor, shard = self.running.pop(reference)
+        try:
+            report = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            ray.kill(actor)
+            self.idle.append(self._new_actor())
+            self._failed(shard, error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)
+            return
+        self.idle.append(actor)
+        self.job.take_in(report)
+        rate = sum(report.tokens for report in self.job.reports) / (time.monotonic() - self.started)
+        bar.update(1, tokens_per_s=round(rate), skipped=len(self.job.skipped))
+
+    def _failed(self, shard: PlannedShard, error: BaseException) -> None:
+        # a CacheError proper is a refused write; its subclasses, as other errors of ours, stay when tried again
+        retryable = not isinstance(error, GenrecalError) or type(error) in (TeacherError, CacheError)
+        if not retryable:
+            raise error
+        attempts, allowed = self.attempts[shard.shard_id], self.job.config.build.max_attempts
+        logger.warning("shard %s: attempt %d of %d failed: %s", shard.shard_id, attempts, allowed, error)
+        if attempts < allowed:
+            self.queue.append(shard)
+        elif not self.job.reports:
+            raise TeacherError(
+                f"no shard could be built; shard {shard.shard_id} failed {attempts} times, the last time with: "
+                f"{error}. Engine logs are in {self.job.log_dir}"
+            ) from error
+        else:
+            self.failures[shard.shard_id] = error
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class _Actor:
+    """Starts its engine with its first shard, so that an engine that does not start counts as a failed attempt."""
+
+    def __init__(self, config: CacheConfig, writer: CacheWriter, log_dir: Path) -> None:
+        self.config, self.writer, self.log_dir = config, writer, log_dir
+        self.worker: ShardWorker | None = None
+
+    def build(self, shard_id: str, samples: list[Sample]) -> ShardReport:
+        """Build one shard; an engine that failed is stopped, for its actor is replaced."""
+        try:
+            self.worker = self.worker or self._start()
+            return self.worker.build(shard_id, samples)
+        except Exception:
+            if self.worker is not None:
+                self.worker.close()
+            raise
+
+    def _start(self) -> ShardWorker:
+        actor_id = str(ray.get_runtime_context().get_actor_id())
+        identity = {"actor_id": actor_id, "pid": str(os.getpid()), "host": socket.gethostname()}
+        log_file = self.log_dir / f"engine-{actor_id}.log"
+        return ShardWorker(self.config, writer=self.writer, identity=identity, log_file=log_file)
+
+
+@contextmanager
+def _ray_session(build: BuildConfig) -> Iterator[None]:
+    """Use the Ray that this process is connected to, the cluster at RAY_ADDRESS, or a local one of our own."""
+    if ray.is_initialized():
+        yield
+        return
+    if "RAY_ADDRESS" in os.environ:
+        options: dict[str, Any] = {"address": os.environ["RAY_ADDRESS"]}
+    else:
+        os.environ |= RAY_ENVIRONMENT | os.environ
+        needed = math.ceil(build.num_replicas * build.cpus_per_replica)
+        options = {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": max(needed, os.cpu_count() or 1),
+            "_node_ip_address": "127.0.0.1",
+        }
+    ray.init(**options, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _actor_options(build: BuildConfig) -> dict[str, Any]:
+    available = ray.cluster_resources()
+    gpus = build.gpus_per_replica
+    if gpus is None:
+        gpus = build.tensor_parallel_size if available.get("GPU", 0) else 0
+    for kind, wanted in (("CPU", build.cpus_per_replica), ("GPU", gpus)):
+        if wanted * build.num_replicas > available.get(kind, 0):
+            raise ConfigError(
+                f"{build.num_replicas} replica(s) with {wanted:g} {kind}(s) each do not fit the Ray cluster, which "
+                f"has {available.get(kind, 0):g} {kind}(s); lower `build.num_replicas` or add nodes"
+            )
+    return {
+        "num_cpus": build.cpus_per_replica,
+        "num_gpus": gpus,
+        "runtime_env": {"env_vars": engine_environment(on_cuda=gpus > 0)},
+    }

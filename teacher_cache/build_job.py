@@ -1,0 +1,136 @@
+"""The books of a build: what is to be done, what was, the skip budget, metrics, and the stop on a signal."""
+
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from teacher_cache.build_plan import engine_version
+from teacher_cache.config import CacheConfig
+from teacher_cache.errors import CacheIncomplete
+from teacher_cache.reader import open_cache
+from teacher_cache.samples import check_skip_budget
+from teacher_cache.schema import Sample, SkippedSample
+from teacher_cache.shard_worker import ShardReport
+from teacher_cache.writer import CacheWriter
+
+METRICS_FILE = "cache-build.metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSummary:
+    """What one run of a build did; the counts of samples and shards are those of the whole cache."""
+
+    uri: str
+    engine: str
+    engine_version: str
+    shards: int
+    shards_built: int
+    """By this run."""
+    samples: int
+    skipped: tuple[SkippedSample, ...]
+    tokens: int
+    """Teacher tokens computed by this run, image tokens included."""
+    seconds: float
+    tokens_per_s: float
+    workers: tuple[dict[str, str], ...]
+    """Engine, version, actor id, process id and host of each worker that built shards in this run."""
+
+
+@dataclass(kw_only=True)
+class BuildJob:
+    """What is to be built, and what has been."""
+
+    config: CacheConfig
+    writer: CacheWriter
+    samples: dict[str, Sample]
+    skipped: list[SkippedSample]
+    log_dir: Path
+    reports: list[ShardReport] = field(default_factory=list)
+
+    def take_in(self, report: ShardReport) -> None:
+        """Count a committed shard.
+
+        Raises:
+            DataError: The skip budget is exceeded.
+        """
+        self.reports.append(report)
+        self.skipped += report.skipped
+        self.write_metrics(dataclasses.asdict(report))
+        self.check_budget()
+
+    def check_budget(self) -> None:
+        """Raise DataError when more samples were skipped than the config allows."""
+        data = self.config.data
+        check_skip_budget(self.skipped, allowed=data.max_skipped_samples, source=data.path)
+
+    def finish(self, *, seconds: float) -> BuildSummary:
+        """Return the summary of a complete cache, and log it."""
+        cache = open_cache(self.config.uri)
+        tokens = sum(report.tokens for report in self.reports)
+        engine = self.config.build.engine
+        summary = BuildSummary(
+            uri=self.config.uri,
+            engine=engine,
+            engine_version=engine_version(engine),
+            shards=len(cache.provenance["shards"]),
+            shards_built=len(self.reports),
+            samples=len(cache.sample_ids),
+            skipped=tuple(self.skipped),
+            tokens=tokens,
+            seconds=seconds,
+            tokens_per_s=tokens / seconds,
+            workers=tuple({report.worker["actor_id"]: report.worker for report in self.reports}.values()),
+        )
+        self.write_metrics({"summary": dataclasses.asdict(summary)})
+        return summary
+
+    def write_metrics(self, record: dict[str, Any]) -> None:
+        """Append one line to the metrics file."""
+        with (self.log_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time()} | record) + "\n")
+
+
+class StopRequest:
+    """Remembers a SIGTERM or SIGINT until the pool looks."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def install(self) -> None:
+        """Catch both signals from now on, where this is the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._remember)
+
+    def check(self, job: BuildJob) -> None:
+        """Raise CacheIncomplete when a signal came."""
+        if self.signal is not None:
+            raise CacheIncomplete(
+                f"stopped by {signal.Signals(self.signal).name} with {len(job.writer.missing_shards())} shard(s) of "
+                f"{job.config.uri} missing; run the build again to complete them"
+            )
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT within the block; the handlers from before come back after it."""
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop = StopRequest()
+    stop.install()
+    try:
+        yield stop
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in previous.items():
+                signal.signal(number, handler)
