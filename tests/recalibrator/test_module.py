@@ -3,7 +3,15 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen2VLTextConfig, Qwen3Config
+from transformers import (
+    AutoModel,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen2VLTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+)
 
 from distill.losses import linear_ce_kl
 from recalibrator import Recalibrator, RecalibratorConfig
@@ -248,6 +256,15 @@ def test_sliding_window_and_length_scaling_of_the_student_are_not_inherited():
     assert torch.equal(
         run(make_recalibrator(window), *rows, TURNS), run(make_recalibrator(FAMILIES["qwen2"]), *rows, TURNS)
     )
+
+
+def test_hybrid_students_give_attention_blocks():
+    config = Qwen3_5TextConfig(**SMALL, head_dim=8, layer_types=["linear_attention"] * 2 + ["full_attention"])
+    module = make_recalibrator(config)
+    assert all(hasattr(block, "self_attn") for block in module.blocks)
+    questions, answers = random_rows(TURNS[2:])
+    before, after = (run(module, questions, rows, TURNS[2:]) for rows in (answers, answers + 1))
+    assert torch.equal(before[0], after[0])
 
 
 def test_blocks_can_start_from_the_students_last_layers(student_config):
