@@ -1,0 +1,258 @@
+"""Micro-batches: joined samples -> padded student inputs and packed teacher rows. Pure functions."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from recalibrator.joint_sequence import (
+    JointSequence,
+    Turn,
+    joint_turns,
+    plan_joint_sequence,
+    question_positions,
+    shuffle_questions,
+    split_tier_a,
+    teacher_question_index,
+)
+from teacher_cache.schema import EncodedConversation, Span, TeacherTargets
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedSample:
+    """One sample as the student and the teacher see it."""
+
+    encoded: EncodedConversation
+    targets: TeacherTargets | None
+    """None in stages that learn from the student's own labels alone."""
+    weight: float = 1.0
+    """0 for a filler, which makes every process call the same modules and adds nothing to any loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentBatch:
+    """Right-padded inputs; rows are indices into the flattened ``[batch * student_tokens]`` grid."""
+
+    input_ids: Int[Tensor, "batch student_tokens"]
+    attention_mask: Int[Tensor, "batch student_tokens"]
+    model_inputs: dict[str, Tensor]
+    question_rows: Int[Tensor, " question_rows"]
+    predicting_rows: Int[Tensor, " student_answer_tokens"]
+    labels: Int[Tensor, " student_answer_tokens"]
+    weights: Float[Tensor, " student_answer_tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecalibratedPass:
+    """One pass of the Recalibrator: its inputs beside the student's question rows, and its targets."""
+
+    plan: JointSequence
+    question_rows: Float[Tensor, "question_rows teacher_hidden"] | None
+    """The teacher's own question rows; None where the student's are used."""
+    answer_rows: Float[Tensor, "answer_rows teacher_hidden"]
+    teacher_rows: Float[Tensor, "answer_tokens teacher_hidden"]
+    labels: Int[Tensor, " answer_tokens"]
+    weights: Float[Tensor, " answer_tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShuffledPass:
+    """The main pass with every sample's questions replaced by the next one's."""
+
+    plan: JointSequence
+    question_index: Int[Tensor, " question_rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopkTargets:
+    """The teacher's highest log-probabilities per student answer token (one tokenizer for both)."""
+
+    ids: Int[Tensor, "student_answer_tokens k"]
+    logprobs: Float[Tensor, "student_answer_tokens k"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch of one process."""
+
+    sample_ids: tuple[str, ...]
+    """Without fillers."""
+    student: StudentBatch
+    sample_of_question_row: Int[Tensor, " question_rows"]
+    main: RecalibratedPass | None = None
+    sample_of_answer_token: Int[Tensor, " answer_tokens"] | None = None
+    regularization: RecalibratedPass | None = None
+    shuffled: ShuffledPass | None = None
+    topk: TopkTargets | None = None
+
+
+def to_device(record: Record, device: torch.device) -> Record:
+    """Return a record, with every tensor in it, on a device."""
+    if isinstance(record, Tensor):
+        return cast(Record, record.to(device, non_blocking=True))
+    if isinstance(record, dict):
+        return type(record)((key, to_device(value, device)) for key, value in record.items())
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        moved: dict[str, Any] = {f.name: to_device(getattr(record, f.name), device) for f in dataclasses.fields(record)}
+        return type(record)(**moved)
+    return record
+
+
+def collate(
+    samples: Sequence[JoinedSample],
+    *,
+    with_answers: bool,
+    with_recalibrator: bool,
+    with_regularization: bool,
+    with_topk: bool,
+    include_boundary_row: bool,
+) -> Batch:
+    """Build one micro-batch.
+
+    Args:
+        samples: Joined samples, fillers last.
+        with_answers: Feed the student its answers too; otherwise it stops at its last question row.
+        with_recalibrator: Pack the teacher's rows for the Recalibrator's main pass.
+        with_regularization: Pack the teacher's question rows of the samples that have them.
+        with_topk: Pack the teacher's highest log-probabilities for the student's own rows.
+        include_boundary_row: Supervise the row that predicts the first answer token of a turn (A7).
+    """
+    questions = [len(question_positions(sample.encoded.spans)) for sample in samples]
+    batch = Batch(
+        sample_ids=tuple(sample.encoded.sample_id for sample in samples if sample.weight),
+        student=_student_batch(samples, with_answers=with_answers),
+        sample_of_question_row=torch.arange(len(samples)).repeat_interleave(torch.tensor(questions)),
+        topk=_topk_targets(samples) if with_topk else None,
+    )
+    if not with_recalibrator:
+        return batch
+    turns = [joint_turns(s.encoded.spans, answer_lengths=answer_lengths(_targets(s).spans)) for s in samples]
+    main = _recalibrated_pass(
+        samples, plan=plan_joint_sequence(turns), question_rows=None, include_boundary_row=include_boundary_row
+    )
+    lengths = torch.tensor([sum(turn.num_answer_rows for turn in sample_turns) for sample_turns in turns])
+    return dataclasses.replace(
+        batch,
+        main=main,
+        sample_of_answer_token=torch.arange(len(samples)).repeat_interleave(lengths),
+        regularization=_regularization_pass(samples, include_boundary_row) if with_regularization else None,
+        shuffled=_shuffled_pass(turns, main.plan),
+    )
+
+
+def answer_lengths(spans: Sequence[Span]) -> list[int]:
+    """Return the number of answer tokens of each turn."""
+    return [stop - start for start, stop in spans]
+
+
+def _targets(sample: JoinedSample) -> TeacherTargets:
+    assert sample.targets is not None
+    return sample.targets
+
+
+def _student_batch(samples: Sequence[JoinedSample], *, with_answers: bool) -> StudentBatch:
+    lengths = [len(s.encoded.token_ids) if with_answers else s.encoded.spans[-1].start for s in samples]
+    width = max(lengths)
+    ids = [torch.from_numpy(s.encoded.token_ids[:n]).long() for s, n in zip(samples, lengths, strict=True)]
+    input_ids = torch.stack([_pad_with_last(row, width) for row in ids])
+    predicting, labels, weights, questions = [], [], [], []
+    for index, sample in enumerate(samples):
+        questions.append(question_positions(sample.encoded.spans) + index * width)
+        for span in sample.encoded.spans if with_answers else ():
+            predicting.append(torch.arange(span.start - 1, span.stop - 1) + index * width)
+            labels.append(ids[index][span.start : span.stop])
+            weights.append(torch.full((span.stop - span.start,), sample.weight))
+    return StudentBatch(
+        input_ids=input_ids,
+        attention_mask=(torch.arange(width) < torch.tensor(lengths)[:, None]).long(),
+        model_inputs=_model_inputs(samples, lengths),
+        question_rows=torch.cat(questions),
+        predicting_rows=torch.cat(predicting or [torch.arange(0)]),
+        labels=torch.cat(labels or [torch.arange(0)]),
+        weights=torch.cat(weights or [torch.zeros(0)]),
+    )
+
+
+def _pad_with_last(ids: Int[Tensor, " tokens"], width: int) -> Int[Tensor, " width"]:
+    # the last token ends a turn or a header: never an image token, whatever the tokenizer's pad token is
+    return torch.cat([ids, ids[-1:].expand(width - len(ids))])
+
+
+def _model_inputs(samples: Sequence[JoinedSample], lengths: Sequence[int]) -> dict[str, Tensor]:
+    names = sorted({name for sample in samples for name in sample.encoded.model_inputs})
+    inputs: dict[str, Tensor] = {}
+    for name in names:
+        if name.endswith("token_type_ids"):
+            rows = [_token_types(s, name)[:length] for s, length in zip(samples, lengths, strict=True)]
+            inputs[name] = pad_sequence(rows, batch_first=True)
+        else:
+            inputs[name] = torch.cat([s.encoded.model_inputs[name] for s in samples if name in s.encoded.model_inputs])
+    return inputs
+
+
+def _token_types(sample: JoinedSample, name: str) -> Int[Tensor, " tokens"]:
+    types = sample.encoded.model_inputs.get(name)
+    return torch.zeros(len(sample.encoded.token_ids), dtype=torch.long) if types is None else types[0]
+
+
+def _recalibrated_pass(
+    samples: Sequence[JoinedSample], *, plan: JointSequence, question_rows: Tensor | None, include_boundary_row: bool
+) -> RecalibratedPass:
+    targets = [_targets(sample) for sample in samples]
+    tier_a = torch.cat([target.hidden_states for target in targets])
+    index = split_tier_a([length for target in targets for length in answer_lengths(target.spans)])
+    labels = [target.token_ids[start:stop] for target in targets for start, stop in target.spans]
+    weights = [torch.full((sum(answer_lengths(_targets(s).spans)),), s.weight) for s in samples]
+    return RecalibratedPass(
+        plan=plan,
+        question_rows=question_rows,
+        answer_rows=tier_a[index.answer],
+        teacher_rows=tier_a[index.predicting],
+        labels=torch.cat(labels).long(),
+        weights=_supervised(torch.cat(weights), plan.boundary_mask, include_boundary_row=include_boundary_row),
+    )
+
+
+def _supervised(
+    weights: Float[Tensor, " answer_tokens"], boundary: Bool[Tensor, " answer_tokens"], *, include_boundary_row: bool
+) -> Float[Tensor, " answer_tokens"]:
+    return weights if include_boundary_row else weights.masked_fill(boundary, 0.0)
+
+
+def _regularization_pass(samples: Sequence[JoinedSample], include_boundary_row: bool) -> RecalibratedPass:
+    having = [s for s in samples if _targets(s).question_hidden_states is not None]
+    rows, turns = [], []
+    for sample in having:
+        targets = _targets(sample)
+        assert targets.question_hidden_states is not None
+        both = torch.cat([targets.hidden_states, targets.question_hidden_states])
+        rows.append(both[teacher_question_index(targets.spans)])
+        turns.append(joint_turns(targets.spans, answer_lengths=answer_lengths(targets.spans)))
+    return _recalibrated_pass(
+        having,
+        plan=plan_joint_sequence(turns),
+        question_rows=torch.cat(rows),
+        include_boundary_row=include_boundary_row,
+    )
+
+
+def _shuffled_pass(turns: Sequence[Sequence[Turn]], plan: JointSequence) -> ShuffledPass:
+    if len(turns) == 1:
+        # nothing to swap with, but every process must make the same calls
+        return ShuffledPass(plan=plan, question_index=torch.arange(len(plan.question_slots)))
+    shuffled = shuffle_questions(turns)
+    return ShuffledPass(plan=plan_joint_sequence(shuffled.turns), question_index=shuffled.question_rows)
+
+
+def _topk_targets(samples: Sequence[JoinedSample]) -> TopkTargets:
+    return TopkTargets(
+        ids=torch.cat([_targets(sample).topk_ids for sample in samples]).long(),
+        logprobs=torch.cat([_targets(sample).topk_logprobs for sample in samples]),
+    )

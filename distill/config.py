@@ -1,0 +1,147 @@
+"""What decides a training run. Imports pydantic only, to keep the CLI quick."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from teacher_cache.config import Dtype, StrictConfig
+
+Stage = Literal["align", "distill", "finetune"]
+Method = Literal["genrecal", "sft", "kd"]
+Backend = Literal["zero3", "torch"]
+
+STAGES: tuple[Stage, ...] = ("align", "distill", "finetune")
+
+
+class StudentConfig(StrictConfig):
+    """One student and the method that trains it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder name of the student's results."""
+    model: str
+    """Hugging Face directory, or repository id, of the untouched student."""
+    revision: str | None = None
+    """Commit of the repository; not used for a directory."""
+    dtype: Dtype = "bfloat16"
+    """Element type in which the student computes; masters and moments are float32."""
+    max_length: int = Field(default=4096, gt=1)
+    """Longest sample in student tokens, image tokens included; a longer one is a bad sample."""
+    max_skipped_samples: int = Field(default=0, ge=0)
+    """Bad samples on the student's side (too long) that are left out per process and stage; one more stops."""
+    method: Method = "genrecal"
+    """genrecal; sft: the student's own cross-entropy alone; kd: same-tokenizer distillation from tier L alone."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the checkpoint."""
+
+
+class StageConfig(StrictConfig):
+    """One training stage."""
+
+    max_steps: int | None = Field(default=None, gt=0)
+    """Optimizer steps; by default one epoch over the samples, as in the paper."""
+    global_batch_size: int = Field(default=128, gt=0)
+    """Samples per optimizer step over all processes."""
+    micro_batch_size: int = Field(default=4, gt=0)
+    """Samples per process and forward pass; gradients accumulate up to the global batch."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Learning rate at the first step after the warm-up (paper)."""
+    final_learning_rate: float = Field(default=1e-5, ge=0)
+    """Learning rate at the last step, reached linearly (paper)."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up from zero (not stated in the paper)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay (not stated in the paper)."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging coefficients (not stated in the paper)."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's denominator term (not stated in the paper)."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off (not stated in the paper)."""
+    max_samples: int | None = Field(default=None, gt=0)
+    """Use only the first so many cached samples, in data order (A10); all by default."""
+
+
+class AlignConfig(StageConfig):
+    """Stage 1: the Recalibrator learns to speak for the frozen student."""
+
+    regularization_weight: float = Field(default=1.0, ge=0)
+    """Weight of the loss from the teacher's own question rows; needs tier Q in the cache when above 0."""
+
+
+class DistillConfig(StageConfig):
+    """Stage 2: the student's body learns through the Recalibrator."""
+
+    regularization_weight: float = Field(default=0.0, ge=0)
+    """As in align (A3); the paper's algorithm leaves it out here."""
+    train_recalibrator: bool = True
+    """Train the Recalibrator too (A1); false is the reading of the paper's figure."""
+
+
+class FinetuneConfig(StageConfig):
+    """Stage 3: the student alone, everything but its vision encoder trained."""
+
+
+class RecalibratorOptions(StrictConfig):
+    """The Recalibrator's shape: readings where the paper is silent."""
+
+    num_blocks: int = Field(default=2, gt=0)
+    """Decoder blocks of the student's own configuration (paper: 2)."""
+    output_norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
+    """Norm on the output features (A5)."""
+    projection_bias: bool = False
+    """Biases in both projections (A6)."""
+    init_from_student: bool = False
+    """Start the blocks from the student's last ones instead of fresh weights (A6)."""
+    include_boundary_row: bool = True
+    """Supervise the row that predicts the first answer token, the only one that needs the question (A7)."""
+
+
+class ZeroConfig(StrictConfig):
+    """DeepSpeed ZeRO-3: speed and memory only, never the mathematics."""
+
+    persistence_threshold: int = Field(default=10_000, ge=0)
+    """Parameters with fewer elements stay gathered on every process."""
+    leaf_module_parameters: int = Field(default=300_000_000, ge=0)
+    """Modules with at most so many parameters are gathered whole, which saves one collective per submodule."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Further DeepSpeed configuration, merged over ours; keys that this project sets itself are refused."""
+
+
+class TrainConfig(StrictConfig):
+    """All stages of one student's training."""
+
+    stages: tuple[Stage, ...] = STAGES
+    """Stages to run, in this order; sft and kd have no align stage and leave it out."""
+    align: AlignConfig = AlignConfig()
+    distill: DistillConfig = DistillConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    recalibrator: RecalibratorOptions = RecalibratorOptions()
+    num_processes: int = Field(default=1, gt=0)
+    """Processes that train together, over all nodes."""
+    backend: Backend = "zero3"
+    """zero3 (DeepSpeed), or torch: one process without DeepSpeed, in float32, for comparison."""
+    zero: ZeroConfig = ZeroConfig()
+    gradient_checkpointing: bool = False
+    """Recompute the student's activations in the backward pass: less memory, more time."""
+    seed: int = 0
+    """Decides initialisation, dropout and the order of samples."""
+    save_interval_steps: int = Field(default=500, gt=0)
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=2)
+    """Newest checkpoints to keep; at least two, so that a damaged one has a predecessor."""
+    log_interval_steps: int = Field(default=10, gt=0)
+    """Optimizer steps between log lines."""
+    shuffle_gap_interval_steps: int = Field(default=100, gt=0)
+    """Optimizer steps between measurements of the question-shuffle gap."""
+    encoding_cache_mib: int = Field(default=512, ge=0)
+    """Tokenised samples that each process keeps in memory for the next epoch, in MiB."""
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> "TrainConfig":
+        if not self.stages or list(self.stages) != [stage for stage in STAGES if stage in self.stages]:
+            raise ValueError(f"stages must be a non-empty selection of {', '.join(STAGES)} in this order")
+        return self
+
+    def stage(self, stage: Stage) -> AlignConfig | DistillConfig | FinetuneConfig:
+        """Return the configuration of one stage."""
+        return getattr(self, stage)

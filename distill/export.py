@@ -1,0 +1,79 @@
+"""Write a trained student as an ordinary Hugging Face directory, and the Recalibrator beside it."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from distill.engine import Engine
+from distill.processes import Processes
+from teacher_cache.storage import remove, sync_tree
+
+SHARD_BYTES = 4 * 2**30
+PROCESSOR_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*processor_config.json",
+    "processor_config.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+
+
+def export_student(engine: Engine, target: Path, *, source: Path, dtype: str, processes: Processes) -> None:
+    """Write the student; ``source`` is the directory it was loaded from and gives tokenizer and processor.
+
+    Parameters are gathered one by one, and only rank 0 keeps them. Every process calls this.
+    """
+    state = _gather(engine, engine.model.student, dtype=dtype, processes=processes)
+    if processes.rank == 0:
+        staging = target.with_name(f"{target.name}.partial")
+        remove(staging)
+        student = engine.model.student
+        student.config.use_cache = True
+        student.save_pretrained(staging, state_dict=state, max_shard_size=SHARD_BYTES)
+        student.config.use_cache = False
+        _copy_processor(source, staging)
+        sync_tree(staging)
+        remove(target)
+        staging.rename(target)
+    processes.barrier()
+
+
+def export_recalibrator(engine: Engine, path: Path, *, processes: Processes) -> None:
+    """Write the Recalibrator's parameters, where the stage has one; every process calls this."""
+    recalibrator = engine.model.recalibrator
+    if recalibrator is None:
+        return
+    state = _gather(engine, recalibrator, dtype=None, processes=processes)
+    if processes.rank == 0:
+        temporary = path.with_suffix(".tmp")
+        save_file(state, temporary, metadata={"format": "pt"})
+        temporary.replace(path)
+    processes.barrier()
+
+
+def _gather(engine: Engine, module: nn.Module, *, dtype: str | None, processes: Processes) -> dict[str, Tensor]:
+    state = {}
+    for name, parameter in module.named_parameters():
+        with engine.gathered(parameter):
+            if processes.rank == 0:
+                tensor = parameter.detach().to("cpu", getattr(torch, dtype) if dtype else None, copy=True)
+                state[name] = tensor.contiguous()
+    if processes.rank == 0:
+        persistent = module.state_dict(keep_vars=True)
+        state |= {name: buffer.detach().cpu().clone() for name, buffer in module.named_buffers() if name in persistent}
+    return state
+
+
+def _copy_processor(source: Path, target: Path) -> None:
+    for pattern in PROCESSOR_FILES:
+        for file in source.glob(pattern):
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(file.read_bytes())

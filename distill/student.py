@@ -1,0 +1,127 @@
+"""Load a student, name its parts, run it up to its last hidden states."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import torch
+import transformers
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from teacher_cache.errors import ConfigError
+
+Part = Literal["vision_encoder", "projector", "body", "embeddings", "head"]
+
+
+class LogitOptions(TypedDict):
+    """Post-processing of logits: scale first, then soft-cap."""
+
+    logit_scale: float
+    logit_softcap: float | None
+
+
+PROJECTOR = re.compile(r"merger|projector|connector|aligner|resampler|mlp1|embed_vision|modality_projection")
+
+
+def resolve_model(model: str, *, revision: str | None = None) -> Path:
+    """Return the local directory of a checkpoint; a repository id is looked up in (or brought to) the hub cache."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, revision=revision))
+
+
+def load_student(path: Path, *, dtype: str, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
+    """Load a student with every one of its weights.
+
+    Raises:
+        ConfigError: The checkpoint lacks a weight that the architecture needs, or one has another shape.
+    """
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = transformers.AutoModelForImageTextToText if with_images else transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    loaded: Any = auto.from_pretrained(path, dtype=getattr(torch, dtype), **options)
+    model, report = loaded
+    absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]))
+    if absent:
+        raise ConfigError(
+            f"{len(absent)} weights of {path} are missing or misshapen, first {absent[0]}: mend the model"
+        )
+    check_rotary_buffers(model)
+    model.config.use_cache = False
+    return model
+
+
+def check_rotary_buffers(model: nn.Module) -> None:
+    """Raise ConfigError unless every rotary frequency is float32: bfloat16 ones misplace far tokens."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+            raise ConfigError(f"rotary buffer {name} is {buffer.dtype}, expected float32")
+
+
+def name_parts(model: transformers.PreTrainedModel) -> dict[str, Part]:
+    """Return the part that each parameter belongs to; a tied head counts as embeddings.
+
+    Raises:
+        ConfigError: A parameter belongs to no known part.
+    """
+    embeddings = _parameter_ids(model.get_input_embeddings())
+    head = _parameter_ids(model.get_output_embeddings()) - embeddings
+    decoder = _parameter_ids(model.get_decoder()) - embeddings - head
+    encoder = model.get_encoder(modality="image")
+    vision = _parameter_ids(encoder) if encoder not in (model, model.base_model) else set()
+    if vision & decoder:
+        # a wrapper whose decoder is the whole base model: what the vision encoder holds is not the body
+        decoder -= vision
+    return {
+        name: _part_of(name, id(parameter), embeddings=embeddings, head=head, decoder=decoder, vision=vision)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def last_hidden_state(
+    model: transformers.PreTrainedModel,
+    input_ids: Int[Tensor, "batch student_tokens"],
+    *,
+    attention_mask: Int[Tensor, "batch student_tokens"],
+    model_inputs: dict[str, Tensor],
+) -> Float[Tensor, "batch student_tokens student_hidden"]:
+    """Return the hidden states after the final norm; the head is not applied."""
+    outputs = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **model_inputs
+    )
+    return outputs.last_hidden_state
+
+
+def logit_options(model: transformers.PreTrainedModel) -> LogitOptions:
+    """Return what the model's own head does to its logits beside the projection."""
+    text = model.config.get_text_config()
+    scaling = getattr(text, "logits_scaling", None)
+    scale = getattr(text, "logit_scale", None) or (1.0 / scaling if scaling else 1.0)
+    return LogitOptions(logit_scale=float(scale), logit_softcap=getattr(text, "final_logit_softcapping", None))
+
+
+def _parameter_ids(module: nn.Module | None) -> set[int]:
+    return set() if module is None else {id(parameter) for parameter in module.parameters()}
+
+
+def _part_of(
+    name: str, parameter: int, *, embeddings: set[int], head: set[int], decoder: set[int], vision: set[int]
+) -> Part:
+    if parameter in embeddings:
+        return "embeddings"
+    if parameter in head:
+        return "head"
+    if PROJECTOR.search(name) and parameter not in decoder:
+        return "projector"
+    if parameter in vision:
+        return "vision_encoder"
+    if parameter in decoder:
+        return "body"
+    raise ConfigError(
+        f"parameter {name} is neither vision encoder, projector, body, embeddings nor head: "
+        "the architecture is not supported"
+    )

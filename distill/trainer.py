@@ -1,0 +1,278 @@
+"""Train one student through its stages; resumes by itself and skips what is done."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from distill.checkpoint import require_same_run, write_durably
+from distill.config import STAGES, Stage, StudentConfig, TrainConfig
+from distill.data import JoinedData, SampleOrder, StudentEncoder, join_cache
+from distill.engine import accumulation_steps
+from distill.export import export_recalibrator, export_student
+from distill.loop import Loop, run_steps
+from distill.processes import Processes
+from distill.signals import Signals, noted_signals
+from distill.stages import StageModel, StageSpec, stage_spec
+from distill.student import load_student, resolve_model
+from distill.zero import launched_processes, make_engine
+from recalibrator import Recalibrator, RecalibratorConfig
+from teacher_cache import TeacherCache, open_cache
+from teacher_cache.chat import load_processor
+from teacher_cache.config import CacheConfig
+from teacher_cache.documents import encode_document, parse_document
+from teacher_cache.errors import ConfigError
+from teacher_cache.manifest import fingerprint
+from teacher_cache.samples import SampleSet, read_samples
+from teacher_cache.storage import remove
+from teacher_cache.teacher_checkpoint import digest_files, weight_files
+
+logger = logging.getLogger(__name__)
+
+DONE = "DONE.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all stages of one student share."""
+
+    cache: TeacherCache
+    data: SampleSet
+    encoder: StudentEncoder
+    student: StudentConfig
+    train: TrainConfig
+    base: Path
+    output_dir: Path
+    processes: Processes
+    signals: Signals
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Stages that the student's method has."""
+        return own_stages(self.student, self.train)
+
+    def stage_dir(self, stage: Stage) -> Path:
+        """Return the folder of one stage."""
+        return self.output_dir / "training" / self.student.name / stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRun:
+    """One stage, set up."""
+
+    spec: StageSpec
+    data: JoinedData
+    order: SampleOrder
+    max_steps: int
+    source: Path
+    """Directory of the student's weights at the start."""
+    identity: dict[str, Any]
+    directory: Path
+
+
+def train_student(
+    *,
+    cache: CacheConfig,
+    student: StudentConfig,
+    train: TrainConfig,
+    output_dir: Path,
+    stages: Sequence[Stage] | None = None,
+) -> None:
+    """Train one student, inside the processes that a launcher started or alone.
+
+    Args:
+        cache: The teacher cache, and the data that it was built from.
+        student: The student and its method.
+        train: Stages and settings.
+        output_dir: Run folder; results go to ``training/<student>/<stage>/`` and ``students/<student>/``.
+        stages: Stages to run now; by default all that the method has. Earlier ones must be done.
+
+    Raises:
+        SystemExit: 128 + n after signal n, once a checkpoint is written.
+    """
+    chosen = choose_stages(stages, student=student, train=train)
+    with (
+        launched_processes(backend=train.backend, num_processes=train.num_processes) as processes,
+        noted_signals() as signals,
+    ):
+        base = resolve_model(student.model, revision=student.revision)
+        processor = load_processor(str(base), trust_remote_code=student.trust_remote_code)
+        job = Job(
+            cache=open_cache(cache.uri),
+            data=read_samples(cache.data),
+            encoder=StudentEncoder(processor, config=student, memory_mib=train.encoding_cache_mib),
+            student=student,
+            train=train,
+            base=base,
+            output_dir=output_dir,
+            processes=processes,
+            signals=signals,
+        )
+        trained = [_run_stage(job, stage) for stage in chosen]
+        if chosen[-1] == job.stages[-1] and (any(trained) or not _published(job).exists()):
+            _publish(job)
+
+
+def own_stages(student: StudentConfig, train: TrainConfig) -> list[Stage]:
+    """Return the configured stages that a student's method has: only genrecal has align."""
+    return [stage for stage in train.stages if stage != "align" or student.method == "genrecal"]
+
+
+def choose_stages(stages: Sequence[Stage] | None, *, student: StudentConfig, train: TrainConfig) -> list[Stage]:
+    """Return the stages to run now, in order.
+
+    Raises:
+        ConfigError: The student has no such stage.
+    """
+    own = own_stages(student, train)
+    chosen = own if stages is None else [stage for stage in STAGES if stage in stages]
+    absent = [stage for stage in chosen if stage not in own]
+    if absent or not chosen:
+        raise ConfigError(
+            f"student {student.name} (method {student.method}) has no stage {', '.join(absent) or 'left'}: "
+            f"its stages are {', '.join(own) or 'none'}"
+        )
+    return chosen
+
+
+def _run_stage(job: Job, stage: Stage) -> bool:
+    """Train a stage unless it is done; return whether it was trained."""
+    run = _set_up(job, stage)
+    label = f"{job.student.name} {stage}"
+    done = _read_done(run.directory)
+    if done is not None:
+        require_same_run(stored=done["identity"], asked=run.identity, where=run.directory)
+        logger.info("%s is done: skipped", label)
+        return False
+    run.directory.mkdir(parents=True, exist_ok=True)
+    model = _build_model(job, run)
+    engine = make_engine(model, stage=stage, train=job.train, dtype=job.student.dtype, processes=job.processes)
+    try:
+        run_steps(
+            Loop(
+                engine=engine,
+                data=run.data,
+                order=run.order,
+                config=job.train.stage(stage),
+                train=job.train,
+                max_steps=run.max_steps,
+                identity=run.identity,
+                directory=run.directory,
+                label=label,
+                processes=job.processes,
+                signals=job.signals,
+            )
+        )
+        export_student(
+            engine, run.directory / "export", source=job.base, dtype=job.student.dtype, processes=job.processes
+        )
+        export_recalibrator(engine, run.directory / "recalibrator.safetensors", processes=job.processes)
+        report = engine.partition_report()
+    finally:
+        engine.close()
+    if job.processes.rank == 0:
+        body = {"identity": run.identity, "steps": run.max_steps, "partition": asdict(report)}
+        write_durably(run.directory / DONE, encode_document(body))
+    job.processes.barrier()
+    return True
+
+
+def _set_up(job: Job, stage: Stage) -> StageRun:
+    config, train, student = job.train.stage(stage), job.train, job.student
+    accumulation_steps(stage, train=train, world_size=job.processes.world_size)
+    has_images = any(sample.images for sample in job.data.samples)
+    spec = stage_spec(stage, method=student.method, train=train, has_images=has_images)
+    data = join_cache(job.cache, job.data, encoder=job.encoder, spec=spec, max_samples=config.max_samples)
+    order = SampleOrder(
+        num_samples=len(data.sample_ids), global_batch_size=config.global_batch_size, seed=train.seed, stage=stage
+    )
+    source, initial_weights = _initial_weights(job, stage)
+    identity = {
+        "stage": stage,
+        "student": student.model_dump(mode="json", include={"dtype", "max_length", "method"}),
+        "settings": config.model_dump(mode="json"),
+        "recalibrator": train.recalibrator.model_dump(mode="json"),
+        "seed": train.seed,
+        "backend": train.backend,
+        "world_size": job.processes.world_size,
+        "cache": job.cache.fingerprint,
+        "samples": fingerprint({"sample_ids": list(data.sample_ids)}),
+        "initial_weights": initial_weights,
+    }
+    return StageRun(
+        spec=spec,
+        data=data,
+        order=order,
+        max_steps=config.max_steps or order.steps_per_epoch,
+        source=source,
+        identity=identity,
+        directory=job.stage_dir(stage),
+    )
+
+
+def _initial_weights(job: Job, stage: Stage) -> tuple[Path, str]:
+    """Return the directory that a stage starts from, and what identifies its content."""
+    earlier = job.stages[: job.stages.index(stage)]
+    if not earlier:
+        return job.base, digest_files(weight_files(job.base))
+    previous = job.stage_dir(earlier[-1])
+    done = _read_done(previous)
+    if done is None:
+        raise ConfigError(f"stage {stage} starts from {earlier[-1]}, which is not done in {previous}: run it first")
+    return previous / "export", fingerprint(done["identity"])
+
+
+def _build_model(job: Job, run: StageRun) -> StageModel:
+    student = load_student(run.source, dtype=job.student.dtype, trust_remote_code=job.student.trust_remote_code)
+    if job.train.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    if not run.spec.with_recalibrator:
+        return StageModel(run.spec, student=student, recalibrator=None, teacher_head=None)
+    trained = None if run.source == job.base else run.source.parent / "recalibrator.safetensors"
+    recalibrator = _build_recalibrator(job, student, trained=trained)
+    return StageModel(run.spec, student=student, recalibrator=recalibrator, teacher_head=job.cache.teacher_head())
+
+
+def _build_recalibrator(job: Job, student: Any, *, trained: Path | None) -> Recalibrator:
+    options = job.train.recalibrator
+    config = RecalibratorConfig(
+        student_config=student.config.get_text_config(),
+        teacher_hidden=job.cache.hidden_size,
+        num_blocks=options.num_blocks,
+        output_norm=options.output_norm,
+        projection_bias=options.projection_bias,
+        gradient_checkpointing=job.train.gradient_checkpointing,
+    )
+    torch.manual_seed(job.train.seed)
+    recalibrator = Recalibrator(config).to(getattr(torch, job.student.dtype))
+    if trained is not None:
+        recalibrator.load_state_dict(load_file(trained))
+    elif options.init_from_student:
+        recalibrator.copy_blocks(student.get_decoder().layers)
+    return recalibrator
+
+
+def _publish(job: Job) -> None:
+    """Copy the last stage's student to where users look for it."""
+    target = _published(job)
+    if job.processes.rank == 0:
+        staging = target.with_name(f".{target.name}.partial")
+        remove(staging)
+        shutil.copytree(job.stage_dir(job.stages[-1]) / "export", staging)
+        remove(target)
+        staging.rename(target)
+    job.processes.barrier()
+
+
+def _published(job: Job) -> Path:
+    return job.output_dir / "students" / job.student.name
+
+
+def _read_done(directory: Path) -> dict[str, Any] | None:
+    path = directory / DONE
+    return parse_document(path.read_bytes(), where=str(path)) if path.exists() else None
