@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from launch.report.data import RunData
-from launch.report.figures import sizes_figure
+from launch.report.figures import format_bytes, sizes_figure
 
 
 def cache_section(run: RunData) -> dict[str, Any] | None:
@@ -52,7 +52,7 @@ def provenance_facts(run: RunData) -> dict[str, str]:
     if run.cache is not None:
         facts["cache fingerprint"] = run.cache.fingerprint
         facts |= {f"cache {key}": value for key, value in _flatten(run.cache.provenance)}
-    extra = {key: value for key, value in run.results.items() if key != "students"}
+    extra = {key: value for key, value in run.results.items() if key != "students" and not key.startswith("teacher_")}
     return facts | {f"results {key}": value for key, value in _flatten(extra)}
 
 
@@ -76,12 +76,3 @@ def _flatten(values: Mapping[str, Any], *, path: str = "") -> Iterable[tuple[str
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def format_bytes(count: float) -> str:
-    """Return a byte count with a binary unit and three digits."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"

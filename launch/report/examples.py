@@ -4,7 +4,7 @@ import base64
 import io
 from typing import Any
 
-from distill.scoring import EvaluationResult, SampleRow
+from distill.scoring import SampleRow
 from launch.report.data import RunData
 from launch.report.figures import KIND_LABELS
 from teacher_cache.samples import decode_image
@@ -44,14 +44,8 @@ def data_uri(image: bytes) -> str:
 
 
 def _example(run: RunData, sample: Sample, *, row: SampleRow) -> dict[str, Any]:
-    named = [("teacher", "teacher")] if "teacher" in run.evaluations else []
-    for student in run.students:
-        named += [(f"{student}, {KIND_LABELS[kind]}", name) for kind, name in run.variants(student).items()]
-    answers = [
-        _example_answer(label, run.evaluations[name], sample.sample_id)
-        for label, name in named
-        if sample.sample_id in run.evaluations[name].answers
-    ]
+    students = {student: run.variants(student) for student in run.students}
+    kinds = [kind for kind in KIND_LABELS if any(kind in variants for variants in students.values())]
     last = max(index for index, message in enumerate(sample.messages) if message.role == "assistant")
     return {
         "sample_id": sample.sample_id,
@@ -59,11 +53,22 @@ def _example(run: RunData, sample: Sample, *, row: SampleRow) -> dict[str, Any]:
         "family": row.columns.get("family", ""),
         "question": sample.messages[last - 1].text,
         "reference": row.reference,
-        "answers": answers,
+        "teacher": _answer(run, "teacher", sample.sample_id),
+        "students": list(students),
+        "rows": [
+            {
+                "label": KIND_LABELS[kind],
+                "answers": [_answer(run, names.get(kind), sample.sample_id) for names in students.values()],
+            }
+            for kind in kinds
+        ],
     }
 
 
-def _example_answer(label: str, result: EvaluationResult, sample_id: str) -> dict[str, Any]:
+def _answer(run: RunData, name: str | None, sample_id: str) -> dict[str, Any] | None:
+    result = run.evaluations.get(name or "")
+    if result is None or sample_id not in result.answers:
+        return None
     score = result.scores[sample_id]
     mark = "✓" if score >= 1 else "✗" if score <= 0 else f"{100 * score:.0f} %"
-    return {"label": label, "text": result.answers[sample_id], "score": score, "mark": mark}
+    return {"text": result.answers[sample_id], "score": score, "mark": mark}

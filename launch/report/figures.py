@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 WIDTH = 9.0
 NAMES = ("ink", "muted", "grid", "page", "teacher", "untouched", "sft", "distilled", "kd", "extra")
@@ -149,6 +149,9 @@ def sizes_figure(sizes: Mapping[str, int], *, labels: Mapping[str, str]) -> str:
         colors = [COLORS["muted"] if name.startswith("full") else COLORS["distilled"] for name in names]
         axis.barh(names, [sizes[name] for name in names], color=colors, height=0.62)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=8))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
+        axis.xaxis.set_minor_locator(NullLocator())
         positive = [size for size in sizes.values() if size > 0]
         axis.set_xlim(min(positive) / 4, max(positive) * 30)
         for index, name in enumerate(names):
@@ -159,7 +162,7 @@ def sizes_figure(sizes: Mapping[str, int], *, labels: Mapping[str, str]) -> str:
                 textcoords="offset points",
                 va="center",
             )
-        axis.set_xlabel("bytes, logarithmic")
+        axis.set_xlabel("logarithmic")
         axis.grid(axis="x")
         axis.grid(visible=False, axis="y")
 
@@ -193,6 +196,15 @@ def scatter_figure(panels: Mapping[str, Mapping[str, Any]], *, prefix: str) -> s
     return draw(paint, height=3.0, prefix=prefix)
 
 
+def format_bytes(count: float) -> str:
+    """Return a byte count with a binary unit and three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
 def _grouped_bars(axis: Axes, kinds: Mapping[str, Mapping[str, float]], *, teacher: Mapping[str, float]) -> None:
     groups = list(teacher)
     width = 0.8 / len(kinds)
@@ -213,13 +225,14 @@ def _loss_panel(axis: Axes, panel: Panel, *, baseline: Curve | None) -> None:
         label, color = TERMS[name]
         axis.plot(curve.steps, curve.values, color=COLORS[color], label=label, lw=1.0 if name == "loss" else 1.6)
     if baseline is not None:
-        axis.plot(
-            baseline.steps, baseline.values, color=COLORS["sft"], ls=(0, (1, 1.2)), label="student's own CE, SFT only"
-        )
+        axis.plot(baseline.steps, baseline.values, color=COLORS["sft"], ls=(0, (1, 1.2)), label="the same, SFT only")
     curves = [*panel.curves.values(), *([baseline] if baseline else [])]
     values = [value for curve in curves for value in curve.values]
     if values and min(values) > 0:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_title(panel.title)
     axis.set_xlabel("step")
 
@@ -234,6 +247,8 @@ def _chain(axis: Axes, panels: Sequence[Panel], *, metrics: Mapping[str, tuple[s
                 steps = [start + step for step in curve.steps]
                 marker = "o" if len(steps) < 40 else ""
                 axis.plot(steps, curve.values, color=COLORS[color], label=label, marker=marker, ms=3)
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, 0), high + 0.15 * (high - low))
     for panel, (start, stop) in zip(panels, pairwise(starts), strict=True):
         axis.axvline(stop, color=COLORS["grid"], lw=0.8)
         axis.annotate(panel.title, ((start + stop) / 2, 1), (0, -2), textcoords="offset points",
@@ -244,7 +259,8 @@ def _chain(axis: Axes, panels: Sequence[Panel], *, metrics: Mapping[str, tuple[s
 def _shared_legend(figure: Figure, axes: Iterable[Axes]) -> None:
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if entries:
-        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(len(entries), 6))
+        columns = len(entries) if len(entries) < 6 else math.ceil(len(entries) / 2)
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns, markerscale=1.6)
 
 
 def _inline(svg: str, *, prefix: str) -> str:

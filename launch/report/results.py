@@ -118,7 +118,7 @@ def family_section(run: RunData) -> dict[str, Any] | None:
         student: {kind: _by_group(run.evaluations[name]) for kind, name in kinds.items()}
         for student, kinds in variants.items()
     }
-    columns = ["teacher"] + [f"{student} {KIND_LABELS[kind]}" for student, kinds in variants.items() for kind in kinds]
+    columns = [(student, [KIND_LABELS[kind] for kind in kinds]) for student, kinds in scores.items()]
     groups = [_by_group(teacher)] + [values for kinds in scores.values() for values in kinds.values()]
     rows = [{"family": family, "values": [group.get(family) for group in groups]} for family in groups[0]]
     svg = accuracy_figure(scores, teacher=groups[0]) if scores else ""
