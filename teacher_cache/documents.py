@@ -1,7 +1,7 @@
-"""JSON documents that carry their own digest, in one canonical form.
+"""JSON documents that carry their own digest.
 
-A document is a JSON object whose key ``sha256`` is the SHA-256 of the canonical form of all its other
-keys: keys sorted, no spaces, ASCII only. Whitespace in a file is free, everything else is covered.
+A document is a JSON object with one key per line. Its last line holds the key ``sha256``: the SHA-256
+(hex) of every byte before that line. So each byte is covered, and any JSON reader can read the file.
 """
 
 import hashlib
@@ -12,21 +12,33 @@ from typing import Any
 
 from teacher_cache.errors import CacheCorrupt, ConfigError
 
+_DIGEST_KEY = b'"sha256": "'
+
 
 def canonical_json(value: object) -> str:
-    """Return the one JSON text of ``value``, whatever the order of its mappings.
+    """Return the one JSON text of ``value``, whatever the order of its mappings: keys sorted, ASCII, no spaces.
 
     Raises:
         ConfigError: a value has no stable JSON form (NaN, a set, an object, a key that is no string).
     """
     _require_stable(value, path="")
-    return _dump(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def encode_document(body: Mapping[str, Any], *, indent: int | None = None) -> bytes:
+def plain_json(value: Any) -> Any:
+    """Return ``value`` as it will read after storing: tuples become lists.
+
+    Raises:
+        ConfigError: a value has no stable JSON form.
+    """
+    return json.loads(canonical_json(value))
+
+
+def encode_document(body: Mapping[str, Any]) -> bytes:
     """Return the bytes of a document that holds ``body`` and its digest."""
-    digest = hashlib.sha256(canonical_json(body).encode()).hexdigest()
-    return (json.dumps({**body, "sha256": digest}, indent=indent) + "\n").encode()
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)},\n" for key, value in body.items()]
+    covered = ("{\n" + "".join(lines)).encode()
+    return covered + _digest_line(covered)
 
 
 def parse_document(data: bytes, *, where: str) -> dict[str, Any]:
@@ -36,7 +48,7 @@ def parse_document(data: bytes, *, where: str) -> dict[str, Any]:
         CacheCorrupt: the bytes are no JSON object.
     """
     try:
-        document = json.loads(data, parse_constant=_refuse_constant)
+        document = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CacheCorrupt(f"{where}: not a JSON document ({len(data)} bytes): {error}") from error
     if not isinstance(document, dict):
@@ -44,26 +56,20 @@ def parse_document(data: bytes, *, where: str) -> dict[str, Any]:
     return document
 
 
-def decode_document(data: bytes, *, where: str) -> str:
-    """Return the canonical JSON of a document's body after checking its digest.
+def decode_document(data: bytes, *, where: str) -> bytes:
+    """Return the JSON of a document's body after checking its digest.
 
     Raises:
         CacheCorrupt: the bytes are no document or differ from what was written.
     """
-    document = parse_document(data, where=where)
-    stored = document.pop("sha256", None)
-    try:
-        body = _dump(document)
-    except (ValueError, RecursionError) as error:
-        raise CacheCorrupt(f"{where}: {error}") from error
-    found = hashlib.sha256(body.encode()).hexdigest()
-    if stored != found:
-        raise CacheCorrupt(f"{where}: content differs from what was written: digest {stored!r}, content has {found}")
-    return body
+    covered, _, _ = data.rpartition(_DIGEST_KEY)
+    if data != covered + _digest_line(covered):
+        raise CacheCorrupt(f"{where}: its {len(data)} bytes differ from what was written, or were cut short")
+    return covered.removesuffix(b",\n") + b"}"
 
 
-def _dump(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def _digest_line(covered: bytes) -> bytes:
+    return _DIGEST_KEY + hashlib.sha256(covered).hexdigest().encode() + b'"\n}\n'
 
 
 def _require_stable(value: object, *, path: str) -> None:
@@ -90,7 +96,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")

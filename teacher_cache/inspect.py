@@ -13,9 +13,9 @@ from teacher_cache.errors import CacheCorrupt, CacheError
 from teacher_cache.ledger import CommitRecord, committed_shards, read_record, record_path
 from teacher_cache.manifest import Manifest, Plan, PlannedShard, read_manifest, read_plan
 from teacher_cache.reader import tier_bytes
-from teacher_cache.seal import Seal, read_seal
+from teacher_cache.seal import ATTEMPT, Seal, read_seal
 from teacher_cache.shard import ShardReader
-from teacher_cache.storage import MANIFEST, SEAL, FileDigest, local_root, require_digest
+from teacher_cache.storage import MANIFEST, SEAL, STAGING, FileDigest, local_root, require_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,8 @@ def cache_status(uri: str) -> CacheStatus:
 def verify_cache(uri: str) -> VerifyReport:
     """Check every committed file against its digest and read every sample.
 
-    In a completed cache a file that no digest covers is a problem too. Until then such files belong to
-    attempts that may still run, and are left alone.
+    In a completed cache a file that no digest covers is a problem too, but for what attempts left in
+    ``staging``. Until then such files belong to attempts that may still run.
 
     Raises:
         CacheNotFound: there is no cache.
@@ -202,6 +202,8 @@ def _check_samples(root: Path, record: CommitRecord) -> Iterator[Problem]:
 def _extra_files(root: Path, *, known: set[str]) -> Iterator[Problem]:
     for parent, _, names in os.walk(root):
         for name in sorted(names):
-            path = Path(parent, name).relative_to(root).as_posix()
-            if path not in known:
-                yield Problem(kind="extra", path=path, message=f"{path}: no digest covers this file; remove it")
+            path = Path(parent, name).relative_to(root)
+            is_scratch = path.parts[0] == STAGING and len(path.parts) > 1 and ATTEMPT.fullmatch(path.parts[1])
+            if path.as_posix() not in known and not is_scratch:
+                message = f"{path}: no digest covers this file; remove it"
+                yield Problem(kind="extra", path=path.as_posix(), message=message)

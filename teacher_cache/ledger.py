@@ -18,7 +18,7 @@ from teacher_cache.documents import encode_document
 from teacher_cache.errors import CacheCorrupt
 from teacher_cache.manifest import Plan, PlannedShard, StoredModel, parse_model
 from teacher_cache.schema import SkippedSample
-from teacher_cache.storage import COMMITS, SHARDS, FileDigest, digest_bytes
+from teacher_cache.storage import COMMITS, SHARDS, FileDigest, digest_bytes, read_committed
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Checksum = Annotated[int, Field(ge=0, lt=2**32)]
@@ -97,8 +97,15 @@ def record_path(root: Path, shard_id: str) -> Path:
 
 
 def committed_shards(root: Path, plan: Plan) -> list[PlannedShard]:
-    """Return the planned shards that have a commit record, in planned order."""
-    names = {path.name for path in (root / COMMITS).iterdir()}
+    """Return the planned shards that have a commit record, in planned order.
+
+    Raises:
+        CacheCorrupt: the folder of the commit records is missing.
+    """
+    try:
+        names = {path.name for path in (root / COMMITS).iterdir()}
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheCorrupt(f"{root / COMMITS} is missing: without commit records nothing is in the cache") from error
     return [shard for shard in plan.shards if f"{shard.shard_id}.json" in names]
 
 
@@ -109,11 +116,8 @@ def read_record(root: Path, shard: PlannedShard, *, fingerprint: str, sealed: Fi
         CacheCorrupt: it differs from what was written, or belongs to another cache or plan.
     """
     path = record_path(root, shard.shard_id)
+    data = read_committed(path, where=f"shard {shard.shard_id}")
     where = f"shard {shard.shard_id}: {path}"
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CacheCorrupt(f"{where} is missing") from error
     if sealed is not None and sealed != digest_bytes(data):
         raise CacheCorrupt(f"{where} was changed after the cache was completed")
     record = parse_model(CommitRecord, data, where=where)

@@ -10,8 +10,15 @@ from typing import Any, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from teacher_cache.documents import canonical_json, decode_document, encode_document, parse_document
-from teacher_cache.errors import CacheCorrupt, CacheMismatch, CacheNotFound, ConfigError, FormatUnsupported
-from teacher_cache.storage import MANIFEST, FileDigest, digest_bytes
+from teacher_cache.errors import (
+    CacheCorrupt,
+    CacheError,
+    CacheMismatch,
+    CacheNotFound,
+    ConfigError,
+    FormatUnsupported,
+)
+from teacher_cache.storage import MANIFEST, FileDigest, digest_bytes, read_committed
 
 FORMAT: Final = "genrecal-cache"
 VERSION: Final = 1
@@ -77,7 +84,7 @@ class Manifest(StoredModel):
 
     def encode(self) -> bytes:
         """Return the bytes of CACHE.json."""
-        return encode_document(self.model_dump(mode="json"), indent=2)
+        return encode_document(self.model_dump(mode="json"))
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
@@ -126,6 +133,8 @@ def read_manifest(root: Path) -> Manifest:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheNotFound(f"no cache at {root}: {path} does not exist; build the cache or correct the uri") from error
+    except OSError as error:
+        raise CacheError(f"cannot read {path}: {error}") from error
     document = parse_document(data, where=str(path))
     version = document.get("version")
     if document.get("format") != FORMAT or not isinstance(version, int) or version > VERSION:
@@ -140,7 +149,7 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def check_plan(shards: Sequence[PlannedShard]) -> Plan:
-    """Return a plan whose shard ids are safe names and whose ids are all distinct.
+    """Return a plan whose shard ids are safe names, whose sample ids are text, and whose ids are all distinct.
 
     Raises:
         ConfigError: they are not.
@@ -150,6 +159,7 @@ def check_plan(shards: Sequence[PlannedShard]) -> Plan:
             raise ConfigError(f"shard id {shard.shard_id!r}: expected letters, digits, '.', '_', '-', at most 100")
         if not shard.sample_ids:
             raise ConfigError(f"shard {shard.shard_id}: no samples are planned for it")
+    canonical_json([shard.sample_ids for shard in shards])
     _require_distinct("shard id", [shard.shard_id for shard in shards])
     _require_distinct("sample id", [sample_id for shard in shards for sample_id in shard.sample_ids])
     return Plan(shards=tuple(shards))
@@ -172,10 +182,7 @@ def read_plan(root: Path, manifest: Manifest) -> Plan:
         CacheCorrupt: the file is missing or differs from what the manifest names.
     """
     path = root / manifest.plan.file
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CacheCorrupt(f"{path} is missing: {root / MANIFEST} names it") from error
+    data = read_committed(path, where="plan")
     if digest_bytes(data) != manifest.plan.digest:
         raise CacheCorrupt(f"{path} was changed: its digest differs from the one in {root / MANIFEST}")
     return parse_model(Plan, data, where=str(path))

@@ -70,6 +70,8 @@ class TeacherCache:
         self._root = root
         self._manifest = manifest
         self._records = records
+        self.sample_ids = tuple(sample_id for record in records for sample_id in record.samples.sample_id)
+        """Ids of the stored samples, in planned order."""
         self._index = {
             sample_id: (shard, row)
             for shard, record in enumerate(records)
@@ -80,11 +82,6 @@ class TeacherCache:
             raise CacheCorrupt(f"the shards of {root} differ in dtype, hidden size or top-k: {layouts}")
         self._layout = next(iter(layouts), None)
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
-
-    @property
-    def sample_ids(self) -> tuple[str, ...]:
-        """Ids of the stored samples, in planned order."""
-        return tuple(self._index)
 
     @property
     def skipped(self) -> tuple[SkippedSample, ...]:

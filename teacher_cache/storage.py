@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from teacher_cache.errors import CacheCorrupt, ConfigError
+from teacher_cache.errors import CacheCorrupt, CacheError, ConfigError
 
 MANIFEST = "CACHE.json"
 SEAL = "SEAL.json"
@@ -49,6 +49,21 @@ def local_root(uri: str) -> Path:
     return Path(unquote(parts.path))
 
 
+def read_committed(path: Path, *, where: str) -> bytes:
+    """Return the bytes of a file that must exist.
+
+    Raises:
+        CacheCorrupt: it is missing.
+        CacheError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheCorrupt(f"{where}: {path} is missing; restore it or build the cache again") from error
+    except OSError as error:
+        raise CacheError(f"{where}: cannot read {path}: {error}") from error
+
+
 def digest_bytes(data: bytes) -> FileDigest:
     """Return the digest of bytes in memory."""
     return FileDigest(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
@@ -66,11 +81,14 @@ def require_size(path: Path, *, expected: FileDigest, where: str) -> None:
 
     Raises:
         CacheCorrupt: it is missing, of another length, or no regular file.
+        CacheError: it cannot be looked at.
     """
     try:
         status = path.lstat()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheCorrupt(f"{where}: {path} is missing, {expected.size_bytes} bytes were committed") from error
+    except OSError as error:
+        raise CacheError(f"{where}: cannot read {path}: {error}") from error
     if not stat.S_ISREG(status.st_mode):
         raise CacheCorrupt(f"{where}: {path} is no regular file")
     if status.st_size != expected.size_bytes:
@@ -82,9 +100,13 @@ def require_digest(path: Path, *, expected: FileDigest, where: str) -> None:
 
     Raises:
         CacheCorrupt: it is missing or differs.
+        CacheError: it cannot be read.
     """
     require_size(path, expected=expected, where=where)
-    found = digest_file(path)
+    try:
+        found = digest_file(path)
+    except OSError as error:
+        raise CacheError(f"{where}: cannot read {path}: {error}") from error
     if found != expected:
         raise CacheCorrupt(f"{where}: {path} was changed: sha256 {found.sha256}, {expected.sha256} was committed")
 

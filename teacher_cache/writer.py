@@ -3,7 +3,7 @@
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from teacher_cache.codec import axis_lengths, encode_targets, layout_of, save_teacher_head
+from teacher_cache.documents import plain_json
 from teacher_cache.errors import CacheError, CacheMismatch, CacheNotFound, ConfigError, TeacherError
 from teacher_cache.ledger import CommitRecord, SampleTable, committed_shards, read_record, record_path
 from teacher_cache.manifest import (
@@ -65,7 +66,7 @@ def create_or_open_builder(
     """
     root = local_root(uri)
     asked = check_plan(plan)
-    fingerprint(identity)
+    identity, provenance = plain_json(identity), plain_json(provenance)
     try:
         manifest = read_manifest(root)
     except CacheNotFound:
@@ -119,9 +120,9 @@ class CacheWriter:
             fingerprint=self.fingerprint,
             layout=layout_of(targets[0]) if targets else None,
             samples=_sample_table(targets, arrays=arrays, digests=sample_digests),
-            skipped=tuple(skipped),
+            skipped=tuple(replace(sample, message=_as_unicode(sample.message)) for sample in skipped),
             files={},
-            provenance=provenance,
+            provenance=plain_json(provenance),
         )
         try:
             won = self._commit(record, arrays)
@@ -276,6 +277,11 @@ def _in_planned_order(
         raise CacheMismatch(f"shard {shard.shard_id}: sample_digests lacks {undigested[:5]}")
     order = {sample_id: index for index, sample_id in enumerate(shard.sample_ids)}
     return sorted(targets, key=lambda sample: order[sample.sample_id])
+
+
+def _as_unicode(text: str) -> str:
+    """Escape the lone surrogates that stand for undecodable bytes in file names."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _require_same_samples(*, stored: Plan, asked: Plan, where: str) -> None:
