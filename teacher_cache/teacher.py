@@ -86,8 +86,10 @@ class TransformersTeacher:
         )
         self.dtype = torch_dtype(config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = auto.from_pretrained(directory, dtype=self.dtype, **options)
-        self.model = model.to(self.device).eval()
+        model, loading = auto.from_pretrained(directory, dtype=self.dtype, output_loading_info=True, **options)
+        if missing := sorted(loading["missing_keys"]):
+            raise TeacherError(f"the weights in {directory} lack {len(missing)} tensor(s): {', '.join(missing[:5])}")
+        self.model: Any = model.to(self.device).eval()
         self.hidden_size: int = model_config.get_text_config().hidden_size
         self.vocab_size: int = model_config.get_text_config().vocab_size
         self.provenance = {"engine": "transformers", "engine_version": transformers.__version__}

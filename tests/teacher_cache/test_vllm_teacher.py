@@ -1,0 +1,129 @@
+"""vLLM against the plain transformers forward: the same rows and the same answer scores."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from teacher_cache.config import BuildConfig, Dtype, TeacherConfig
+from teacher_cache.errors import SampleError, TeacherError
+from teacher_cache.schema import EncodedConversation, TeacherTargets
+from teacher_cache.teacher import TransformersTeacher, check_head_agrees, load_teacher_head
+from teacher_cache.vllm_teacher import VllmTeacher
+from tests.teacher_cache.conversations import MAX_LENGTH, encode_all, encode_digits, text_samples
+
+TOPK = 8
+FLOAT32_TOLERANCE = 1e-4
+BFLOAT16_TOLERANCE = 0.1
+
+
+def start(model: Path, *, dtype: Dtype, max_batched_tokens: int = MAX_LENGTH) -> VllmTeacher:
+    build = BuildConfig(max_batched_tokens=max_batched_tokens, kv_cache_gib=0.0625)
+    return VllmTeacher(TeacherConfig(model=str(model), dtype=dtype), build=build, max_length=MAX_LENGTH)
+
+
+def largest_difference(left: TeacherTargets, right: TeacherTargets) -> float:
+    pairs = [
+        (getattr(left, name), getattr(right, name))
+        for name in ("hidden_states", "question_hidden_states", "topk_logprobs", "logsumexp", "target_logprobs")
+    ]
+    assert all((a is None) == (b is None) for a, b in pairs)
+    return max(float((a.float() - b.float()).abs().max()) for a, b in pairs if a is not None)
+
+
+def assert_agrees(
+    teacher: VllmTeacher, conversations: list[EncodedConversation], *, model: Path, dtype: Dtype, tolerance: float
+) -> None:
+    config = TeacherConfig(model=str(model), dtype=dtype)
+    wanted = [index % 2 == 0 for index in range(len(conversations))]
+    found = teacher.compute(conversations, topk=TOPK, question_rows=wanted)
+    expected = TransformersTeacher(config).compute(conversations, topk=TOPK, question_rows=wanted)
+    difference = max(largest_difference(left, right) for left, right in zip(found, expected, strict=True))
+    print(f"{model.parent.name} {dtype}: largest difference from transformers {difference:.2e}")
+    assert difference <= tolerance
+    assert all(sample.hidden_states.dtype == getattr(torch, dtype) for sample in found)
+    if dtype == "float32":
+        assert all(torch.equal(left.topk_ids, right.topk_ids) for left, right in zip(found, expected, strict=True))
+    assert check_head_agrees(found, head=load_teacher_head(config)) <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def chunking_qwen2_vl(tiny_qwen2_vl: Path) -> Iterator[VllmTeacher]:
+    """An engine that must cut every one of our prompts into several steps."""
+    teacher = start(tiny_qwen2_vl, dtype="float32", max_batched_tokens=32)
+    yield teacher
+    teacher.close()
+
+
+def test_qwen2_vl_agrees_over_chunked_prefill(
+    chunking_qwen2_vl: VllmTeacher, tiny_qwen2_vl: Path, digit_samples: Path
+) -> None:
+    conversations = encode_digits(tiny_qwen2_vl, digit_samples, count=12)
+    assert min(len(conversation.token_ids) for conversation in conversations) > 32
+    assert_agrees(chunking_qwen2_vl, conversations, model=tiny_qwen2_vl, dtype="float32", tolerance=FLOAT32_TOLERANCE)
+
+
+def test_batch_mates_do_not_change_a_sample(
+    chunking_qwen2_vl: VllmTeacher, tiny_qwen2_vl: Path, digit_samples: Path
+) -> None:
+    conversations = encode_digits(tiny_qwen2_vl, digit_samples)
+    together = chunking_qwen2_vl.compute(conversations, topk=TOPK, question_rows=[True] * 6)
+    for conversation, sample in zip(conversations, together, strict=True):
+        (alone,) = chunking_qwen2_vl.compute([conversation], topk=TOPK, question_rows=[True])
+        assert largest_difference(alone, sample) <= 1e-5
+
+
+def test_a_prompt_given_already_expanded_is_caught(
+    chunking_qwen2_vl: VllmTeacher, tiny_qwen2_vl: Path, digit_samples: Path
+) -> None:
+    (conversation,) = encode_digits(tiny_qwen2_vl, digit_samples, count=1)
+    expanded = dataclasses.replace(conversation, prompt_token_ids=tuple(conversation.token_ids.tolist()))
+    with pytest.raises(TeacherError, match="one placeholder per image"):
+        chunking_qwen2_vl.compute([expanded], topk=TOPK, question_rows=[True])
+
+
+def test_a_prompt_that_the_engine_refuses_costs_one_sample(
+    chunking_qwen2_vl: VllmTeacher, tiny_qwen2_vl: Path, digit_samples: Path
+) -> None:
+    good, bad = encode_digits(tiny_qwen2_vl, digit_samples, count=2)
+    bad = dataclasses.replace(bad, prompt_token_ids=(1,) * (MAX_LENGTH + 1))
+    with pytest.raises(SampleError) as caught:
+        chunking_qwen2_vl.compute([good, bad], topk=TOPK, question_rows=[True, True])
+    assert (caught.value.sample_id, caught.value.reason) == (bad.sample_id, "engine-refused")
+    assert len(chunking_qwen2_vl.compute([good], topk=TOPK, question_rows=[True])) == 1
+
+
+def test_internvl_agrees(tiny_internvl: Path, digit_samples: Path) -> None:
+    teacher = start(tiny_internvl, dtype="float32")
+    conversations = encode_digits(tiny_internvl, digit_samples)
+    assert_agrees(teacher, conversations, model=tiny_internvl, dtype="float32", tolerance=FLOAT32_TOLERANCE)
+    teacher.close()
+
+
+def test_text_only_qwen2_agrees(tiny_qwen2: Path) -> None:
+    teacher = start(tiny_qwen2, dtype="float32")
+    conversations = encode_all(tiny_qwen2, text_samples())
+    assert_agrees(teacher, conversations, model=tiny_qwen2, dtype="float32", tolerance=FLOAT32_TOLERANCE)
+    teacher.close()
+
+
+def test_bfloat16_rows_keep_their_type(tiny_qwen2_vl: Path, digit_samples: Path) -> None:
+    teacher = start(tiny_qwen2_vl, dtype="bfloat16")
+    conversations = encode_digits(tiny_qwen2_vl, digit_samples)
+    assert_agrees(teacher, conversations, model=tiny_qwen2_vl, dtype="bfloat16", tolerance=BFLOAT16_TOLERANCE)
+    teacher.close()
+
+
+def test_an_architecture_that_vllm_does_not_know_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny_qwen2.iterdir():
+        (model / file.name).symlink_to(file)
+    (model / "config.json").unlink()
+    config = json.loads((tiny_qwen2 / "config.json").read_text()) | {"architectures": ["UnheardOfForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TeacherError, match="UnheardOfForCausalLM"):
+        start(model, dtype="float32")
