@@ -119,7 +119,7 @@ def rewrite_manifest(root: Path, **changes: Any) -> None:
 def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
     open_builder(tmp_path / "cache", make_samples(2))
     rewrite_manifest(tmp_path / "cache", version=2, new_field={})
-    with pytest.raises(FormatUnsupported, match="'genrecal-cache' version 2.*up to version 1"):
+    with pytest.raises(FormatUnsupported, match=r"'genrecal-cache' version 2.*up to version 1"):
         open_cache(str(tmp_path / "cache"))
 
 
