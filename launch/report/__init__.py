@@ -10,8 +10,8 @@ It is made from what lies in the run's folder; what is missing is left out and l
                                  rest_ce, question_shuffle_gap; features_first.safetensors and
                                  features_last.safetensors: z_s, r_s, z_l, r_l [samples, width].
                                  Baselines train as <student>-sft, <student>-kd
-    cache/                       the teacher cache, unless a run file names another place
-    data/test.parquet            held-out data with a column family, unless a run file names another place
+    cache/                       the teacher cache, or where a run file says
+    data/test.parquet            held-out data with a column family, or where a run file says
     timings.json                 [{"step": "cache" | "train <student>" | ..., "seconds": s}]
     run-files/<name>.yaml        run files, shown as they are
 """

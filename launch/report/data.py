@@ -117,12 +117,14 @@ def _read_json(path: Path, *, notes: list[str]) -> Any:
 
 
 def _cache_uri(run_dir: Path, configs: list[dict[str, Any]]) -> str:
-    return next((config["cache"]["uri"] for config in configs), str(run_dir / "cache"))
+    own = run_dir / "cache"
+    return str(own) if own.exists() else next((config["cache"]["uri"] for config in configs), str(own))
 
 
 def _data_path(run_dir: Path, configs: list[dict[str, Any]]) -> str:
+    own = run_dir / "data" / "test.parquet"
     given = (config["evaluation"]["data"] for config in configs if config.get("evaluation"))
-    return next(given, str(run_dir / "data" / "test.parquet"))
+    return str(own) if own.exists() else next(given, str(own))
 
 
 def _read_stage_logs(run_dir: Path, *, notes: list[str]) -> tuple[StageLog, ...]:

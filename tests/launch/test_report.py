@@ -323,6 +323,18 @@ def test_features_without_the_teachers_question_rows(copied: Path) -> None:
     assert "widths: r_s 32, z_s 20" in text
 
 
+def test_cache_and_data_may_lie_where_a_run_file_says(copied: Path, tmp_path: Path) -> None:
+    for name in ("cache", "data"):
+        (copied / name).rename(tmp_path / f"other-{name}")
+    (copied / "run-files").mkdir()
+    (copied / "run-files" / "a.yaml").write_text(
+        f"cache: {{uri: {tmp_path / 'other-cache'}}}\nevaluation: {{data: {tmp_path / 'other-data' / 'test.parquet'}}}\n"
+    )
+    html = write_report(copied).read_text(encoding="utf-8")
+    assert "<h2>Examples</h2>" in html
+    assert "<h2>The teacher cache</h2>" in html
+
+
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no run folder"):
         write_report(tmp_path / "nothing")
