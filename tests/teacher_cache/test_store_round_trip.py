@@ -151,14 +151,18 @@ def test_other_tools_read_the_shards(tmp_path: Path, samples: list[TeacherTarget
     assert group.attrs["sample_ids"] == ["sample-3", "sample-4", "sample-5"]
     offsets = group["offsets"]
     columns = {name: offsets[:, index] for index, name in enumerate(offsets.attrs["columns"])}
-    start, stop = columns["tier_a"][1:3]
-    hidden = group["hidden_states"]
-    assert hidden.attrs["genrecal_dtype"] == "bfloat16"
-    assert np.array_equal(hidden[start:stop], samples[4].hidden_states.view(torch.int16).numpy().view(np.uint16))
-    start, stop = columns["answer_tokens"][1:3]
-    assert np.array_equal(group["topk_logprobs"][start:stop], samples[4].topk_logprobs.numpy())
-    start, stop = columns["tokens"][1:3]
-    assert np.array_equal(group["token_ids"][start:stop], samples[4].token_ids.numpy())
+    assert group["hidden_states"].attrs["genrecal_dtype"] == "bfloat16"
+
+    def rows(array: str, axis: str, sample: int) -> np.ndarray:
+        start, stop = columns[axis][sample : sample + 2]
+        return group[array][start:stop]
+
+    for row, sample in enumerate(samples[3:6]):
+        hidden = sample.hidden_states.view(torch.int16).numpy().view(np.uint16)
+        assert np.array_equal(rows("hidden_states", "tier_a", row), hidden)
+        assert np.array_equal(rows("topk_logprobs", "answer_tokens", row), sample.topk_logprobs.numpy())
+        assert np.array_equal(rows("token_ids", "tokens", row), sample.token_ids.numpy())
+        assert np.array_equal(rows("spans", "turns", row), np.array(sample.spans))
 
 
 def test_reads_need_only_the_rows_of_the_sample(tmp_path: Path) -> None:
