@@ -129,7 +129,7 @@ def stage_records(stage: str, *, random: np.random.Generator) -> list[dict[str, 
 
 def features(random: np.random.Generator, *, spread: float) -> dict[str, np.ndarray]:
     centres = random.normal(size=(7, HIDDEN))
-    teacher = (centres[np.arange(70) % 7] * 3 + random.normal(size=(70, HIDDEN))).astype(np.float32)
+    teacher = (centres[np.arange(35) % 7] * 3 + random.normal(size=(35, HIDDEN))).astype(np.float32)
     noisy = (teacher + spread * random.normal(size=teacher.shape)).astype(np.float32)
     student = (noisy @ random.normal(size=(HIDDEN, 20))).astype(np.float32)
     return {"z_s": student, "r_s": noisy + np.float32(spread), "z_l": teacher, "r_l": teacher + np.float32(0.1)}
@@ -327,9 +327,11 @@ def test_cache_and_data_may_lie_where_a_run_file_says(copied: Path, tmp_path: Pa
     for name in ("cache", "data"):
         (copied / name).rename(tmp_path / f"other-{name}")
     (copied / "run-files").mkdir()
-    (copied / "run-files" / "a.yaml").write_text(
-        f"cache: {{uri: {tmp_path / 'other-cache'}}}\nevaluation: {{data: {tmp_path / 'other-data' / 'test.parquet'}}}\n"
-    )
+    places = {
+        "cache": {"uri": str(tmp_path / "other-cache")},
+        "evaluation": {"data": str(tmp_path / "other-data" / "test.parquet")},
+    }
+    (copied / "run-files" / "a.yaml").write_text(json.dumps(places))
     html = write_report(copied).read_text(encoding="utf-8")
     assert "<h2>Examples</h2>" in html
     assert "<h2>The teacher cache</h2>" in html
