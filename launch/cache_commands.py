@@ -55,13 +55,15 @@ def inspect_command(argv: Sequence[str]) -> int:
 
 
 def verify_command(argv: Sequence[str]) -> int:
-    """Check every stored byte; exit 4 when something is missing, changed or extra."""
+    """Check every stored byte; exit 4 when something is damaged or extra, 3 while shards are not built."""
     options = _parser("verify").parse_args(argv)
     from teacher_cache.inspect import verify_cache
 
     report = verify_cache(options.uri)
     print(json.dumps(dataclasses.asdict(report), indent=2, default=str))
-    return 0 if report.ok else 4
+    if not report.ok:
+        return 4
+    return 3 if report.missing_shards else 0
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
