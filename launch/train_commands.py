@@ -5,16 +5,20 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from distill.config import STAGES, StudentConfig
+from distill.config import STAGES
 from launch.logs import setup_logging
 from launch.processes import run_process, torchrun_command, trainer_environment, under_launcher
 from launch.results import Evaluated, collect_results, evaluated_models
 from launch.run_config import EvaluationConfig, RunConfig, load_run_config, split_config_path
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from distill.scoring import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +109,11 @@ def _evaluate(model: Evaluated, *, evaluation: EvaluationConfig, output_dir: Pat
     key_path.write_text(key)
 
 
-def _scorer(name: str) -> Callable[..., float]:
+def _scorer(name: str) -> "Scorer":
     if name == "digits":
-        from launch.demo.digits import score_row
+        from launch.demo.digits import score
 
-        return score_row
+        return lambda row, answer: score(row.columns["family"], row.columns["facts"], answer)
     from distill.scoring import exact_match
 
     return exact_match
@@ -121,8 +125,3 @@ def _evaluation_key(path: Path, *, evaluation: EvaluationConfig) -> str:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
-
-
-def student_directory(config: RunConfig, student: StudentConfig) -> Path:
-    """Return where a finished student lies."""
-    return Path(config.output_dir) / "students" / student.name
