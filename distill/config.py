@@ -102,7 +102,7 @@ class ZeroConfig(StrictConfig):
     persistence_threshold: int = Field(default=10_000, ge=0)
     """Parameters with fewer elements stay gathered on every process."""
     leaf_module_parameters: int = Field(default=300_000_000, ge=0)
-    """Modules with at most so many parameters are gathered whole, which saves one collective per submodule."""
+    """Frozen modules with at most so many parameters are gathered whole: one collective instead of many."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Further DeepSpeed configuration, merged over ours; keys that this project sets itself are refused."""
 

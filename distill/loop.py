@@ -140,7 +140,7 @@ def _step(loop: Loop, batches: Iterator[list[Batch]], *, step: int) -> tuple[dic
     }
     if _measures_gap(loop, step=step):
         record[GAP_METRIC] = _question_shuffle_gap(loop, micro_batches[-1])
-        if loop.processes.rank == 0:
+        if loop.processes.rank == 0 and 2 * (step + 1) >= loop.max_steps:
             warn_of_small_gap(record[GAP_METRIC], step=step + 1)
     return record, forwarded.stop
 

@@ -198,18 +198,23 @@ def deepspeed_config(
 
 
 def leaf_modules(model: StageModel, *, max_parameters: int) -> list[nn.Module]:
-    """Return the largest modules to gather whole; what is not called itself is looked into."""
+    """Return the largest frozen modules of the student to gather whole; what is not called itself is looked into.
+
+    Trained modules are left alone: a leaf reduces its gradients after its first backward call, and the Recalibrator
+    is called twice per pass.
+    """
 
     def search(module: nn.Module) -> Iterator[nn.Module]:
+        parameters = list(module.parameters())
+        frozen = not any(parameter.requires_grad for parameter in parameters)
         called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
-        if called and 0 < sum(parameter.numel() for parameter in module.parameters()) <= max_parameters:
+        if frozen and called and 0 < sum(parameter.numel() for parameter in parameters) <= max_parameters:
             yield module
         else:
             for child in module.children():
                 yield from search(child)
 
-    roots = [model.student.base_model, *([] if model.recalibrator is None else [model.recalibrator])]
-    return [leaf for root in roots for leaf in search(root)]
+    return list(search(model.student.base_model))
 
 
 def _init_distributed(environment: Mapping[str, str]) -> bool:
