@@ -1,14 +1,18 @@
-"""Start trainer processes on this machine, and pass signals on to them."""
+"""Start trainer processes on this machine: signals passed on, exit codes kept, no process left behind."""
 
+import ctypes
+import logging
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SHUTDOWN_TIMEOUT_S = 120  # torchrun's own 30 s is too short to finish a step and write a checkpoint
+FATE_SHARED = "GENRECAL_END_WITH_PARENT"
+PR_SET_PDEATHSIG = 1
 
 
 def under_launcher() -> bool:
@@ -16,19 +20,29 @@ def under_launcher() -> bool:
     return any(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
-def torchrun_command(arguments: Sequence[str], *, num_processes: int) -> list[str]:
-    """Return the command that runs ``genrecal`` with ``arguments`` in several processes on this machine."""
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc_per_node", str(num_processes), "--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S)),
-        *("-m", "launch.cli", *arguments),
-    ]
+def is_first_process() -> bool:
+    """Return True in the process whose lines belong on the console: rank 0, or one that runs alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def trainer_environment(*, num_processes: int) -> dict[str, str]:
-    """Return the environment of trainer processes: cores shared out, third-party warning noise off."""
+    """Return the environment of trainer processes: cores shared out, third-party noise off, no orphans."""
     threads = max(1, (os.cpu_count() or 1) // num_processes)
-    return {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore::FutureWarning"} | dict(os.environ)
+    defaults = {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # torch 2.13 warns at each collective of deepspeed 0.19.8
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    return defaults | dict(os.environ) | {FATE_SHARED: "1"}
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it is gone, where that was this project.
+
+    Otherwise trainers outlive a killed job and write into the same folder as its continuation.
+    """
+    if FATE_SHARED in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_process(command: Sequence[str], *, environment: Mapping[str, str]) -> int:
@@ -49,3 +63,42 @@ def run_process(command: Sequence[str], *, environment: Mapping[str, str]) -> in
     if received:
         return 128 + received[0]
     return code if code >= 0 else 128 - code
+
+
+def run_trainers(command: Sequence[str], *, num_processes: int, log_dir: Path) -> int:
+    """Run a command in several processes that torch.distributed connects; return the exit code of the first to fail.
+
+    Rank 0 writes to this console, the others to files under ``log_dir``. torchrun itself would turn every
+    failure into exit code 1 and add its own traceback to ours.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ |= trainer_environment(num_processes=num_processes)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    log_dir.mkdir(parents=True, exist_ok=True)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        logs_specs=DefaultLogsSpecs(
+            log_dir=str(log_dir), redirects=dict.fromkeys(range(1, num_processes), Std.ALL)
+        ),
+        run_id=f"genrecal-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+    )
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code >= 0 else 128 - code
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0

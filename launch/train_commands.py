@@ -4,14 +4,16 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.config import STAGES
 from launch.logs import setup_logging
-from launch.processes import run_process, torchrun_command, trainer_environment, under_launcher
+from launch.processes import end_with_parent, is_first_process, run_trainers, under_launcher
 from launch.results import Evaluated, collect_results, evaluated_models
 from launch.run_config import EvaluationConfig, RunConfig, load_run_config, split_config_path
 from teacher_cache.config import DataConfig
@@ -32,11 +34,14 @@ def train_command(argv: Sequence[str]) -> int:
     options, overrides = parser.parse_known_args(rest)
     config = load_run_config(path, overrides)
     student = config.student(options.student)
-    if config.train.num_processes > 1 and not under_launcher():
-        command = torchrun_command(["train", *argv], num_processes=config.train.num_processes)
-        return run_process(command, environment=trainer_environment(num_processes=config.train.num_processes))
     output_dir = Path(config.output_dir)
-    setup_logging(output_dir / "logs" / f"train-{student.name}.log")
+    end_with_parent()
+    if config.train.num_processes > 1 and not under_launcher():
+        command = [sys.executable, "-m", "launch.cli", "train", *argv]
+        log_dir = output_dir / "logs" / f"train-{student.name}-ranks"
+        return run_trainers(command, num_processes=config.train.num_processes, log_dir=log_dir)
+    rank = "" if is_first_process() else f"-rank{os.environ['RANK']}"
+    setup_logging(output_dir / "logs" / f"train-{student.name}{rank}.log", console=is_first_process())
     from distill.trainer import train_student
 
     stages = None if options.stage is None else (options.stage,)
