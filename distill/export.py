@@ -35,9 +35,7 @@ def export_student(engine: Engine, target: Path, *, source: Path, dtype: str, pr
         staging = target.with_name(f"{target.name}.partial")
         remove(staging)
         student = engine.model.student
-        student.config.use_cache = True
         student.save_pretrained(staging, state_dict=state, max_shard_size=SHARD_BYTES)
-        student.config.use_cache = False
         _copy_processor(source, staging)
         sync_tree(staging)
         remove(target)

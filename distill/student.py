@@ -51,7 +51,6 @@ def load_student(path: Path, *, dtype: str, trust_remote_code: bool = False) -> 
             f"{len(absent)} weights of {path} are missing or misshapen, first {absent[0]}: mend the model"
         )
     check_rotary_buffers(model)
-    model.config.use_cache = False
     return model
 
 

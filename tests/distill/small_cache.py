@@ -18,7 +18,9 @@ from teacher_cache.writer import create_or_open_builder
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def write_data(folder: Path, *, num_samples: int, text_only: Sequence[int] = (), multi_turn: Sequence[int] = ()) -> Path:
+def write_data(
+    folder: Path, *, num_samples: int, text_only: Sequence[int] = (), multi_turn: Sequence[int] = ()
+) -> Path:
     """Write a JSON-lines file of questions about small images; some rows without one, some with two turns."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(5)

@@ -1,0 +1,321 @@
+"""Whole runs in this process on the plain-torch backend: stages, resume, export."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from distill.config import StudentConfig, TrainConfig
+from distill.metrics import learning_rate
+from distill.student import load_student, name_parts
+from distill.trainer import train_student
+from teacher_cache.chat import load_processor
+from teacher_cache.config import CacheConfig
+from teacher_cache.errors import CheckpointError, ConfigError, GenrecalError
+from tests.distill.small_cache import build_small_cache, write_data
+
+STAGE = {"global_batch_size": 6, "micro_batch_size": 3, "max_steps": 3, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2_vl: Path) -> CacheConfig:
+    folder = tmp_path_factory.mktemp("trainer")
+    data = write_data(folder / "data", num_samples=13, text_only=(3, 9), multi_turn=(2, 7))
+    return build_small_cache(folder, teacher=tiny_qwen2_vl, data=data, without_question_rows=("s001", "s005"))
+
+
+def train_config(**changes: Any) -> TrainConfig:
+    stages = {"align": STAGE, "distill": STAGE, "finetune": STAGE}
+    settings = {"backend": "torch", "save_interval_steps": 1, "shuffle_gap_interval_steps": 2, **stages}
+    return TrainConfig.model_validate(settings | changes)
+
+
+def student_config(path: Path, **changes: Any) -> StudentConfig:
+    return StudentConfig(name="tiny", model=str(path), dtype="float32", max_length=512, **changes)
+
+
+def read_metrics(output_dir: Path, stage: str) -> list[dict[str, Any]]:
+    path = output_dir / "training" / "tiny" / stage / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def numbers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop what depends on the clock."""
+    return [
+        {k: v for k, v in record.items() if k.split("/")[0] in ("global_step", "train", "optim")} for record in records
+    ]
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in load_student(path, dtype="float32").named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["tiny_qwen2_vl", "tiny_internvl", "tiny_llava"])
+def test_every_stage_moves_exactly_its_parts_and_exports_a_student(
+    cache: CacheConfig, family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    base = request.getfixturevalue(family)
+    train_student(cache=cache, student=student_config(base), train=train_config(), output_dir=tmp_path)
+    training = tmp_path / "training" / "tiny"
+    exports = [base, *(training / stage / "export" for stage in ("align", "distill", "finetune"))]
+    states = [weights(path) for path in exports]
+    parts = name_parts(load_student(base, dtype="float32"))
+    names = {part: {name for name in parts if parts[name] == part} for part in parts.values()}
+    assert moved(states[0], states[1]) == set()
+    assert moved(states[1], states[2]) == names["body"]
+    assert moved(states[2], states[3]) == names["body"] | names["embeddings"] | names["head"] | names["projector"]
+    recalibrators = [load_file(training / stage / "recalibrator.safetensors") for stage in ("align", "distill")]
+    assert moved(*recalibrators) == set(recalibrators[0])
+    assert not (training / "finetune" / "recalibrator.safetensors").exists()
+    _check_published(tmp_path / "students" / "tiny", base)
+    for stage in ("align", "distill"):
+        first = load_file(training / stage / "features_first.safetensors")
+        last = load_file(training / stage / "features_last.safetensors")
+        assert {name: rows.shape[0] for name, rows in first.items()} == dict.fromkeys(("z_s", "r_s", "z_l", "r_l"), 11)
+        assert torch.equal(first["z_l"], last["z_l"])
+        assert not torch.equal(first["r_s"], last["r_s"])
+
+
+def _check_published(path: Path, base: Path) -> None:
+    own = {name for file in path.glob("*.safetensors") for name in load_file(file)}
+    original = {name for file in base.glob("*.safetensors") for name in load_file(file)}
+    assert own == original
+    assert not [file.name for file in path.rglob("*") if "recalibrator" in file.name]
+    processor = load_processor(str(path))
+    assert processor.chat_template == load_processor(str(base)).chat_template
+    model = transformers.AutoModelForImageTextToText.from_pretrained(path)
+    prompt = processor.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    inputs = processor(text=[prompt], return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+    config, original_config = (json.loads((folder / "config.json").read_text()) for folder in (path, base))
+    assert config == original_config
+
+
+def test_metrics_of_each_stage(cache: CacheConfig, tiny_llava: Path, tmp_path: Path) -> None:
+    train_student(cache=cache, student=student_config(tiny_llava), train=train_config(), output_dir=tmp_path)
+    always = {
+        "global_step",
+        "train/loss",
+        "optim/lr",
+        "optim/grad_norm",
+        "data/wait_fraction",
+        "throughput/tokens_per_s",
+    }
+    distillation = {"train/ce_loss", "train/kl_loss", "train/boundary_ce", "train/rest_ce"}
+    expected = {
+        "align": distillation | {"train/regularization_loss"},
+        "distill": distillation | {"train/sft_loss"},
+        "finetune": {"train/sft_loss"},
+    }
+    for stage, names in expected.items():
+        records = read_metrics(tmp_path, stage)
+        assert [record["global_step"] for record in records] == [1, 2, 3]
+        for record in records:
+            assert always | names <= set(record)
+            losses = {name for name in record if name.startswith("train/")}
+            assert losses - {"train/question_shuffle_gap"} == names | {"train/loss"}
+        with_gap = [record["global_step"] for record in records if "train/question_shuffle_gap" in record]
+        assert with_gap == ([] if stage == "finetune" else [2, 3])
+        assert records[0]["optim/lr"] == pytest.approx(1e-3)
+        assert records[-1]["optim/lr"] == pytest.approx(1e-5)
+
+
+def test_micro_batches_do_not_change_the_update(cache: CacheConfig, tiny_internvl: Path, tmp_path: Path) -> None:
+    runs = []
+    for size in (1, 6):
+        stage = STAGE | {"micro_batch_size": size}
+        config = train_config(align=stage, distill=stage, finetune=stage)
+        output_dir = tmp_path / str(size)
+        train_student(cache=cache, student=student_config(tiny_internvl), train=config, output_dir=output_dir)
+        runs.append([numbers(read_metrics(output_dir, stage)) for stage in ("align", "distill", "finetune")])
+    for one, six in zip(*runs, strict=True):
+        for left, right in zip(one, six, strict=True):
+            right.pop("train/question_shuffle_gap", None)
+            assert left == pytest.approx(right, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sft", "kd"])
+def test_baselines_have_no_align_stage(method: str, cache: CacheConfig, tiny_qwen2_vl: Path, tmp_path: Path) -> None:
+    student = student_config(tiny_qwen2_vl, method=method)
+    with pytest.raises(ConfigError, match="no stage align"):
+        train_student(cache=cache, student=student, train=train_config(), output_dir=tmp_path, stages=["align"])
+    train_student(cache=cache, student=student, train=train_config(), output_dir=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "training" / "tiny").iterdir()) == ["distill", "finetune"]
+    record = read_metrics(tmp_path, "distill")[0]
+    assert ("train/topk_kl_loss" in record) == (method == "kd")
+    assert "train/ce_loss" not in record
+    assert (tmp_path / "students" / "tiny" / "config.json").exists()
+
+
+def test_a_stage_needs_the_one_before_it(cache: CacheConfig, tiny_llava: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="align"):
+        train_student(
+            cache=cache,
+            student=student_config(tiny_llava),
+            train=train_config(),
+            output_dir=tmp_path,
+            stages=["distill"],
+        )
+
+
+def test_stages_one_by_one_equal_all_at_once(cache: CacheConfig, tiny_llava: Path, tmp_path: Path) -> None:
+    student = student_config(tiny_llava)
+    train_student(cache=cache, student=student, train=train_config(), output_dir=tmp_path / "all")
+    for stage in ("align", "distill", "finetune"):
+        assert not (tmp_path / "single" / "students").exists()
+        train_student(
+            cache=cache, student=student, train=train_config(), output_dir=tmp_path / "single", stages=[stage]
+        )
+    for stage in ("align", "distill", "finetune"):
+        assert numbers(read_metrics(tmp_path / "single", stage)) == numbers(read_metrics(tmp_path / "all", stage))
+    assert moved(weights(tmp_path / "all/students/tiny"), weights(tmp_path / "single/students/tiny")) == set()
+
+
+def interrupt_after(path: Path, *, lines: int) -> None:
+    """Send this process SIGTERM once a file has so many lines."""
+
+    def watch() -> None:
+        while not path.exists() or len(path.read_text().splitlines()) < lines:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def test_resume_after_sigterm_is_bit_identical(cache: CacheConfig, tiny_internvl: Path, tmp_path: Path) -> None:
+    student, train = student_config(tiny_internvl), train_config(align=STAGE | {"max_steps": 12})
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    train_student(cache=cache, student=student, train=train, output_dir=whole, stages=["align"])
+    interrupt_after(halted / "training/tiny/align/metrics.jsonl", lines=3)
+    with pytest.raises(SystemExit) as stopped:
+        train_student(cache=cache, student=student, train=train, output_dir=halted, stages=["align"])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    done_before = len(read_metrics(halted, "align"))
+    assert 3 <= done_before < 12
+    train_student(cache=cache, student=student, train=train, output_dir=halted, stages=["align"])
+    assert numbers(read_metrics(halted, "align")) == numbers(read_metrics(whole, "align"))
+    name = "training/tiny/align/recalibrator.safetensors"
+    assert moved(load_file(whole / name), load_file(halted / name)) == set()
+
+
+@pytest.fixture(scope="module")
+def finished(cache: CacheConfig, tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output_dir = tmp_path_factory.mktemp("finished")
+    train_student(
+        cache=cache, student=student_config(tiny_llava), train=train_config(), output_dir=output_dir, stages=["align"]
+    )
+    return output_dir
+
+
+def half_done(finished: Path, tmp_path: Path) -> Path:
+    """Return a copy of a run as a kill before the end of align leaves it: checkpoints of steps 1 and 2."""
+    shutil.copytree(finished, tmp_path / "run")
+    stage = tmp_path / "run" / "training" / "tiny" / "align"
+    (stage / "DONE.json").unlink()
+    shutil.rmtree(stage / "export")
+    return tmp_path / "run"
+
+
+def continue_align(cache: CacheConfig, student: Path, output_dir: Path, **changes: Any) -> None:
+    train_student(
+        cache=cache,
+        student=student_config(student),
+        train=train_config(**changes),
+        output_dir=output_dir,
+        stages=["align"],
+    )
+
+
+def test_a_done_stage_is_skipped(cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    log = tmp_path / "run/training/tiny/align/metrics.jsonl"
+    before = log.stat().st_mtime_ns
+    continue_align(cache, tiny_llava, tmp_path / "run", save_interval_steps=7, log_interval_steps=3)
+    assert log.stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused_by_name(
+    cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"settings\.learning_rate: stored 0\.001, asked 0\.002"):
+        continue_align(cache, tiny_llava, finished, align=STAGE | {"learning_rate": 2e-3})
+    with pytest.raises(CheckpointError, match="seed"):
+        continue_align(cache, tiny_llava, half_done(finished, tmp_path), seed=1)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "record"])
+def test_a_damaged_checkpoint_falls_back(
+    damage: str, cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = half_done(finished, tmp_path)
+    newest = run / "training/tiny/align/checkpoints/step-00000002"
+    state = newest / "state.pt"
+    data = bytearray(state.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        state.write_bytes(data)
+    elif damage == "truncate":
+        state.write_bytes(data[:-7])
+    elif damage == "delete":
+        state.unlink()
+    else:
+        record = newest / "COMMIT.json"
+        record.write_text(record.read_text().replace('"step"', '"stop"'))
+    with caplog.at_level("INFO"):
+        continue_align(cache, tiny_llava, run)
+    assert "step-00000002 is damaged" in caplog.text
+    assert "resumes after step 1" in caplog.text
+    assert numbers(read_metrics(run, "align")) == numbers(read_metrics(finished, "align"))
+
+
+def test_uncommitted_and_old_checkpoints(cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path) -> None:
+    run = half_done(finished, tmp_path)
+    checkpoints = run / "training/tiny/align/checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000002"]
+    (checkpoints / "step-00000002" / "COMMIT.json").unlink()
+    continue_align(cache, tiny_llava, run)
+    assert numbers(read_metrics(run, "align")) == numbers(read_metrics(finished, "align"))
+    assert (checkpoints / "step-00000002" / "COMMIT.json").exists()
+
+
+def test_only_damaged_checkpoints_never_restart_silently(
+    cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = half_done(finished, tmp_path)
+    for state in run.rglob("state.pt"):
+        state.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="all 2 checkpoints"):
+        continue_align(cache, tiny_llava, run)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    cache: CacheConfig, tiny_llava: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(GenrecalError, match="not finite"):
+        continue_align(cache, tiny_llava, tmp_path, align=STAGE | {"learning_rate": 1e30, "gradient_clipping": 0})
+    assert "losses are not finite with samples" in caplog.text
+
+
+def test_learning_rate_is_linear_between_its_ends() -> None:
+    config = train_config(align=STAGE | {"max_steps": 11, "warmup_steps": 2}).align
+    rates = [learning_rate(config, step=step, max_steps=11) for step in range(11)]
+    assert rates[:3] == pytest.approx([0.5e-3, 1e-3, 1e-3])
+    assert rates[-1] == pytest.approx(1e-5)
+    steps = [a - b for a, b in itertools.pairwise(rates[2:])]
+    assert steps == pytest.approx([steps[0]] * len(steps))

@@ -1,0 +1,199 @@
+"""Launch environments, DeepSpeed's configuration, and ZeRO-3 over two processes against the torch backend."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.config import StudentConfig, TrainConfig
+from distill.engine import accumulation_steps
+from distill.processes import launch_environment
+from distill.trainer import train_student
+from distill.zero import deepspeed_config, launched_processes
+from teacher_cache.errors import CheckpointError, ConfigError
+from tests.distill.small_cache import build_small_cache, write_data
+
+STAGES = ("align", "distill", "finetune")
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+def test_a_lone_process_gets_all_variables() -> None:
+    environment = launch_environment({"MASTER_ADDR": "somewhere"})
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
+    assert int(environment["MASTER_PORT"]) > 0
+
+
+def test_a_launchers_variables_are_kept() -> None:
+    assert launch_environment(LAUNCHED | {"OTHER": "x"}) == LAUNCHED
+
+
+@pytest.mark.parametrize("missing", ["LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE"])
+def test_a_partial_environment_names_what_is_missing(missing: str) -> None:
+    partial = {name: value for name, value in LAUNCHED.items() if name != missing}
+    with pytest.raises(ConfigError, match=f"but not {missing}"):
+        launch_environment(partial)
+
+
+def test_srun_tasks_are_ranks() -> None:
+    slurm = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    environment = launch_environment(slurm | {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"})
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("3", "4", "1")
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        launch_environment(slurm)
+
+
+def test_another_number_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pytest.raises(ConfigError, match="num_processes is 2, but 1"),
+        launched_processes(backend="zero3", num_processes=2),
+    ):
+        pass
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="backend torch"), launched_processes(backend="torch", num_processes=2):
+        pass
+
+
+def config(train: TrainConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
+    return deepspeed_config("align", train=train, dtype=dtype, world_size=4, num_trained=1000)
+
+
+def test_deepspeed_configuration_follows_from_the_stage() -> None:
+    stage = {"global_batch_size": 48, "micro_batch_size": 3, "gradient_clipping": 0.5, "weight_decay": 0.1}
+    built = config(TrainConfig.model_validate({"align": stage}))
+    assert built["gradient_accumulation_steps"] == 4
+    assert built["gradient_clipping"] == 0.5
+    assert built["optimizer"]["params"]["torch_adam"]
+    assert built["optimizer"]["params"]["weight_decay"] == 0.1
+    assert built["bf16"]["enabled"]
+    assert built["zero_optimization"]["stage"] == 3
+
+
+def test_overrides_are_merged_but_our_own_keys_are_refused() -> None:
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    built = config(TrainConfig.model_validate({"zero": {"overrides": offload}}))
+    assert built["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert built["zero_optimization"]["stage"] == 3
+    with pytest.raises(ConfigError, match="gradient_clipping"):
+        config(TrainConfig.model_validate({"zero": {"overrides": {"gradient_clipping": 3}}}))
+
+
+def test_float16_and_uneven_batches_are_refused() -> None:
+    with pytest.raises(ConfigError, match="bfloat16"):
+        config(TrainConfig(), dtype="float16")
+    with pytest.raises(ConfigError, match="not a multiple"):
+        accumulation_steps(
+            "align", train=TrainConfig.model_validate({"align": {"global_batch_size": 20}}), world_size=2
+        )
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    stage = {"global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3}
+    return {
+        "align": stage | {"max_steps": 6},
+        "distill": stage | {"max_steps": 4},
+        "finetune": stage | {"max_steps": 4},
+        "zero": {"persistence_threshold": 0},
+        "save_interval_steps": 2,
+        "shuffle_gap_interval_steps": 2,
+        **changes,
+    }
+
+
+def read_metrics(output_dir: Path, stage: str) -> list[dict[str, Any]]:
+    lines = (output_dir / "training" / "tiny" / stage / "metrics.jsonl").read_text().splitlines()
+    kept = ("global_step", "train", "optim")
+    return [{k: v for k, v in json.loads(line).items() if k.split("/")[0] in kept} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def launched(
+    tmp_path_factory: pytest.TempPathFactory, tiny_qwen2_vl: Path, tiny_internvl: Path
+) -> tuple[Path, dict[str, Any]]:
+    """One launch of two ZeRO-3 processes through every scenario of zero_scenarios.py."""
+    folder = tmp_path_factory.mktemp("zero")
+    # some micro-batches have no image, some no question rows: both processes must call the same modules even so
+    data = write_data(folder / "data", num_samples=18, text_only=(1, 3, 4, 9, 12, 13), multi_turn=(2, 7))
+    cache = build_small_cache(
+        folder, teacher=tiny_qwen2_vl, data=data, without_question_rows=[f"s{index:03d}" for index in range(0, 18, 2)]
+    )
+    student = StudentConfig(name="tiny", model=str(tiny_internvl), dtype="float32", max_length=512)
+    inputs = {
+        "cache": cache.model_dump(mode="json"),
+        "student": student.model_dump(mode="json"),
+        "train": settings(num_processes=2),
+    }
+    (folder / "inputs.json").write_text(json.dumps(inputs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = Path(__file__).with_name("zero_scenarios.py")
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2]), "PYTHONWARNINGS": "ignore::FutureWarning"}
+    finished = subprocess.run(
+        [*command, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
+    return folder, inputs
+
+
+def test_zero3_over_two_processes_equals_one_torch_process(launched: tuple[Path, dict[str, Any]]) -> None:
+    folder, inputs = launched
+    from teacher_cache.config import CacheConfig
+
+    train_student(
+        cache=CacheConfig.model_validate(inputs["cache"]),
+        student=StudentConfig.model_validate(inputs["student"]),
+        train=TrainConfig.model_validate(settings(backend="torch")),
+        output_dir=folder / "torch",
+    )
+    for stage in STAGES:
+        zero3, torch = read_metrics(folder / "whole", stage), read_metrics(folder / "torch", stage)
+        for left, right in zip(zero3, torch, strict=True):
+            # measured over one micro-batch per process, so over other samples
+            assert ("train/question_shuffle_gap" in left) == ("train/question_shuffle_gap" in right)
+            for record in (left, right):
+                record.pop("train/question_shuffle_gap", None)
+            assert left == pytest.approx(right, rel=1e-5, abs=1e-5)
+
+
+def test_zero3_resumes_bit_identically(launched: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = launched
+    assert [(folder / "halted" / f"exit-code-{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
+    for stage in STAGES:
+        assert read_metrics(folder / "halted", stage) == read_metrics(folder / "whole", stage)
+    students = [folder / name / "students" / "tiny" / "model.safetensors" for name in ("halted", "whole")]
+    assert students[0].read_bytes() == students[1].read_bytes()
+
+
+def test_parameters_are_partitioned(launched: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = launched
+    for stage in STAGES:
+        report = json.loads((folder / "whole" / "training" / "tiny" / stage / "DONE.json").read_text())["partition"]
+        assert report["partitioned"] == report["parameters"] > 0
+        assert report["held"] == pytest.approx(report["parameters"] / 2, rel=0.01)
+
+
+def test_another_world_size_is_refused_by_name(launched: tuple[Path, dict[str, Any]]) -> None:
+    folder, inputs = launched
+    from teacher_cache.config import CacheConfig
+
+    with pytest.raises(CheckpointError, match="world_size: stored 2, asked 1"):
+        train_student(
+            cache=CacheConfig.model_validate(inputs["cache"]),
+            student=StudentConfig.model_validate(inputs["student"]),
+            train=TrainConfig.model_validate(settings(backend="torch")),
+            output_dir=folder / "whole",
+        )
+
+
+def test_bfloat16_trains_and_exports_bfloat16(launched: tuple[Path, dict[str, Any]]) -> None:
+    from safetensors.torch import load_file
+
+    folder, _ = launched
+    losses = [record["train/loss"] for record in read_metrics(folder / "bfloat16", "align")]
+    reference = [record["train/loss"] for record in read_metrics(folder / "whole", "align")][: len(losses)]
+    assert losses == pytest.approx(reference, rel=0.02)
+    export = load_file(folder / "bfloat16" / "training" / "tiny" / "align" / "export" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in export.values()} == {"torch.bfloat16"}

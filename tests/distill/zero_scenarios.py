@@ -1,0 +1,55 @@
+"""Run by torchrun in two processes: a whole training, one that is stopped and resumed, one in bfloat16."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from distill.config import StudentConfig, TrainConfig
+from distill.trainer import train_student
+from distill.zero import launched_processes
+from teacher_cache.config import CacheConfig
+
+
+def stop_once_logged(path: Path, *, lines: int) -> None:
+    """Send this process SIGTERM when a metrics file has so many lines."""
+
+    def watch() -> None:
+        while not path.exists() or len(path.read_text().splitlines()) < lines:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(folder: Path) -> None:
+    inputs = json.loads((folder / "inputs.json").read_text())
+    train = TrainConfig.model_validate(inputs["train"])
+    common: dict[str, Any] = {"cache": CacheConfig.model_validate(inputs["cache"])}
+    student = StudentConfig.model_validate(inputs["student"])
+    train_student(**common, student=student, train=train, output_dir=folder / "whole")
+
+    halted = folder / "halted"
+    # one process of two gets the signal, both must stop at the same step
+    if os.environ["RANK"] == "1":
+        stop_once_logged(halted / "training/tiny/align/metrics.jsonl", lines=1)
+    code = None
+    try:
+        train_student(**common, student=student, train=train, output_dir=halted)
+    except SystemExit as stopped:
+        code = stopped.code
+    (halted / f"exit-code-{os.environ['RANK']}").write_text(str(code))
+    train_student(**common, student=student, train=train, output_dir=halted)
+
+    bfloat16 = student.model_copy(update={"dtype": "bfloat16"})
+    train_student(**common, student=bfloat16, train=train, output_dir=folder / "bfloat16", stages=["align"])
+
+
+if __name__ == "__main__":
+    # one process group for all scenarios
+    with launched_processes(backend="zero3", num_processes=2):
+        main(Path(sys.argv[1]))
