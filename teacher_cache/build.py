@@ -7,15 +7,16 @@ moment and started again. A failed shard is tried again in a fresh actor.
 import logging
 import math
 import os
+import secrets
 import socket
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-
-import ray
 
 from teacher_cache.build_job import BuildJob, BuildSummary, StopRequest, stop_on_signals
 from teacher_cache.build_plan import open_builder
@@ -34,12 +35,6 @@ from teacher_cache.writer import CacheWriter
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
-RAY_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-"""For a cluster of our own, which listens on the loopback interface only and has no dashboard."""
 
 
 def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSummary:
@@ -68,19 +63,22 @@ def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSum
     )
     job.check_budget()
     if missing := writer.missing_shards():
-        with stop_on_signals() as stop, _ray_session(config.build):
+        with stop_on_signals() as stop, _ray_session(config.build) as ray:
             stop.install()
-            _Pool(job, stop=stop).run(missing)
+            _Pool(job, stop=stop, ray=ray).run(missing)
     return job.finish(seconds=time.monotonic() - started)
 
 
 class _Pool:
     """Hands out shards to ``num_replicas`` actors until all are built or given up."""
 
-    def __init__(self, job: BuildJob, *, stop: StopRequest) -> None:
+    def __init__(self, job: BuildJob, *, stop: StopRequest, ray: ModuleType) -> None:
         self.job = job
         self.stop = stop
-        self.options = _actor_options(job.config.build)
+        self.ray = ray
+        self.actor_class = ray.remote(_Actor).options(
+            max_restarts=0, max_task_retries=0, **_actor_options(job.config.build, available=ray.cluster_resources())
+        )
         self.attempts: Counter[str] = Counter()
         self.failures: dict[str, BaseException] = {}
         self.queue: deque[PlannedShard] = deque()
@@ -97,13 +95,17 @@ class _Pool:
         """
         self.queue.extend(missing)
         self.idle = [self._new_actor() for _ in range(min(len(missing), self.job.config.build.num_replicas))]
-        with progress(total=len(missing), unit="shard", description="cache build") as bar:
-            while self.queue or self.running:
-                self.stop.check(self.job)
-                self._hand_out()
-                done, _ = ray.wait(list(self.running), timeout=POLL_S)
-                for reference in done:
-                    self._collect(reference, bar)
+        try:
+            with progress(total=len(missing), unit="shard", description="cache build") as bar:
+                while self.queue or self.running:
+                    self.stop.check(self.job)
+                    self._hand_out()
+                    done, _ = self.ray.wait(list(self.running), timeout=POLL_S)
+                    for reference in done:
+                        self._collect(reference, bar)
+        finally:
+            for actor in [*self.idle, *(actor for actor, _ in self.running.values())]:
+                self.ray.kill(actor)
         if self.failures:
             lines = "\n".join(f"  {shard_id}: {error}" for shard_id, error in self.failures.items())
             raise CacheIncomplete(
@@ -113,7 +115,7 @@ class _Pool:
             )
 
     def _new_actor(self) -> Any:
-        return _Actor.options(**self.options).remote(self.job.config, self.job.writer, self.job.log_dir)  # type: ignore[attr-defined]
+        return self.actor_class.remote(self.job.config, self.job.writer, self.job.log_dir)
 
     def _hand_out(self) -> None:
         while self.queue and self.idle:
@@ -125,11 +127,11 @@ class _Pool:
     def _collect(self, reference: Any, bar: Progress) -> None:
         actor, shard = self.running.pop(reference)
         try:
-            report = ray.get(reference)
-        except ray.exceptions.RayError as error:
-            ray.kill(actor)
+            report = self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            self.ray.kill(actor)
+            self._failed(shard, error.cause if isinstance(error, self.ray.exceptions.RayTaskError) else error)
             self.idle.append(self._new_actor())
-            self._failed(shard, error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)
             return
         self.idle.append(actor)
         self.job.take_in(report)
@@ -144,7 +146,7 @@ class _Pool:
         attempts, allowed = self.attempts[shard.shard_id], self.job.config.build.max_attempts
         logger.warning("shard %s: attempt %d of %d failed: %s", shard.shard_id, attempts, allowed, error)
         if attempts < allowed:
-            self.queue.append(shard)
+            self.queue.appendleft(shard)
         elif not self.job.reports:
             raise TeacherError(
                 f"no shard could be built; shard {shard.shard_id} failed {attempts} times, the last time with: "
@@ -154,7 +156,6 @@ class _Pool:
             self.failures[shard.shard_id] = error
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
 class _Actor:
     """Starts its engine with its first shard, so that an engine that does not start counts as a failed attempt."""
 
@@ -173,38 +174,46 @@ class _Actor:
             raise
 
     def _start(self) -> ShardWorker:
+        import ray
+
         actor_id = str(ray.get_runtime_context().get_actor_id())
         identity = {"actor_id": actor_id, "pid": str(os.getpid()), "host": socket.gethostname()}
         log_file = self.log_dir / f"engine-{actor_id}.log"
         return ShardWorker(self.config, writer=self.writer, identity=identity, log_file=log_file)
 
 
+def import_ray() -> ModuleType:
+    """Import Ray; a cluster of our own, which listens on all interfaces, is guarded by a random token.
+
+    Ray takes its authentication mode from the environment when it is imported: who imports it first decides.
+    """
+    if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)} | os.environ
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"} | os.environ
+    import ray
+
+    return ray
+
+
 @contextmanager
-def _ray_session(build: BuildConfig) -> Iterator[None]:
+def _ray_session(build: BuildConfig) -> Iterator[ModuleType]:
     """Use the Ray that this process is connected to, the cluster at RAY_ADDRESS, or a local one of our own."""
+    ray = import_ray()
     if ray.is_initialized():
-        yield
+        yield ray
         return
-    if "RAY_ADDRESS" in os.environ:
-        options: dict[str, Any] = {"address": os.environ["RAY_ADDRESS"]}
-    else:
-        os.environ |= RAY_ENVIRONMENT | os.environ
+    options: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS", "local")}
+    if options["address"] == "local":
         needed = math.ceil(build.num_replicas * build.cpus_per_replica)
-        options = {
-            "address": "local",
-            "include_dashboard": False,
-            "num_cpus": max(needed, os.cpu_count() or 1),
-            "_node_ip_address": "127.0.0.1",
-        }
+        options |= {"include_dashboard": False, "num_cpus": max(needed, os.cpu_count() or 1)}
     ray.init(**options, log_to_driver=False, logging_level=logging.WARNING)
     try:
-        yield
+        yield ray
     finally:
         ray.shutdown()
 
 
-def _actor_options(build: BuildConfig) -> dict[str, Any]:
-    available = ray.cluster_resources()
+def _actor_options(build: BuildConfig, *, available: dict[str, float]) -> dict[str, Any]:
     gpus = build.gpus_per_replica
     if gpus is None:
         gpus = build.tensor_parallel_size if available.get("GPU", 0) else 0

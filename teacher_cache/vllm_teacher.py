@@ -28,6 +28,7 @@ def engine_environment(*, on_cuda: bool, log_file: Path | None = None) -> dict[s
     """Return the environment variables that vLLM reads when it is imported.
 
     On a CPU the engine runs inside this process, without pinning threads to cores and without compiling.
+    Variables that are already set win.
     """
     variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
     if log_file is not None:
@@ -84,6 +85,7 @@ class VllmTeacher:
         """Shut the engine down and free its memory."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+        self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         gc.collect()
         cleanup_dist_env_and_memory()
@@ -150,6 +152,7 @@ def engine_arguments(
         "dtype": config.dtype,
         "trust_remote_code": config.trust_remote_code,
         "tensor_parallel_size": build.tensor_parallel_size,
+        "distributed_executor_backend": "mp" if build.tensor_parallel_size > 1 else None,
         "max_model_len": max_length,
         "max_num_batched_tokens": build.max_batched_tokens,
         "enable_prefix_caching": False,
@@ -181,7 +184,7 @@ def _prepare_process(*, on_cuda: bool, log_file: Path | None) -> None:
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         _logging_config_path(log_file).write_text(json.dumps(_logging_config(log_file)), encoding="utf-8")
-    os.environ |= engine_environment(on_cuda=on_cuda, log_file=log_file)
+    os.environ |= engine_environment(on_cuda=on_cuda, log_file=log_file) | os.environ
 
 
 def _logging_config_path(log_file: Path) -> Path:
