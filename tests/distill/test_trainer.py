@@ -3,28 +3,24 @@
 import itertools
 import json
 import os
-import shutil
 import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
-from distill.config import StudentConfig, TrainConfig
 from distill.metrics import learning_rate
 from distill.student import load_student, name_parts
 from distill.trainer import train_student
 from teacher_cache.chat import load_processor
 from teacher_cache.config import CacheConfig
-from teacher_cache.errors import CheckpointError, ConfigError, GenrecalError
+from teacher_cache.errors import ConfigError, GenrecalError
 from tests.distill.small_cache import build_small_cache, write_data
-
-STAGE = {"global_batch_size": 6, "micro_batch_size": 3, "max_steps": 3, "learning_rate": 1e-3}
+from tests.distill.small_runs import STAGE, continue_align, numbers, read_metrics, student_config, train_config
 
 
 @pytest.fixture(scope="module")
@@ -32,28 +28,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2_vl: Path) -> Cach
     folder = tmp_path_factory.mktemp("trainer")
     data = write_data(folder / "data", num_samples=13, text_only=(3, 9), multi_turn=(2, 7))
     return build_small_cache(folder, teacher=tiny_qwen2_vl, data=data, without_question_rows=("s001", "s005"))
-
-
-def train_config(**changes: Any) -> TrainConfig:
-    stages = {"align": STAGE, "distill": STAGE, "finetune": STAGE}
-    settings = {"backend": "torch", "save_interval_steps": 1, "shuffle_gap_interval_steps": 2, **stages}
-    return TrainConfig.model_validate(settings | changes)
-
-
-def student_config(path: Path, **changes: Any) -> StudentConfig:
-    return StudentConfig(name="tiny", model=str(path), dtype="float32", max_length=512, **changes)
-
-
-def read_metrics(output_dir: Path, stage: str) -> list[dict[str, Any]]:
-    path = output_dir / "training" / "tiny" / stage / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def numbers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop what depends on the clock."""
-    return [
-        {k: v for k, v in record.items() if k.split("/")[0] in ("global_step", "train", "optim")} for record in records
-    ]
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
@@ -212,96 +186,6 @@ def test_resume_after_sigterm_is_bit_identical(cache: CacheConfig, tiny_internvl
     assert numbers(read_metrics(halted, "align")) == numbers(read_metrics(whole, "align"))
     name = "training/tiny/align/recalibrator.safetensors"
     assert moved(load_file(whole / name), load_file(halted / name)) == set()
-
-
-@pytest.fixture(scope="module")
-def finished(cache: CacheConfig, tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output_dir = tmp_path_factory.mktemp("finished")
-    train_student(
-        cache=cache, student=student_config(tiny_llava), train=train_config(), output_dir=output_dir, stages=["align"]
-    )
-    return output_dir
-
-
-def half_done(finished: Path, tmp_path: Path) -> Path:
-    """Return a copy of a run as a kill before the end of align leaves it: checkpoints of steps 1 and 2."""
-    shutil.copytree(finished, tmp_path / "run")
-    stage = tmp_path / "run" / "training" / "tiny" / "align"
-    (stage / "DONE.json").unlink()
-    shutil.rmtree(stage / "export")
-    return tmp_path / "run"
-
-
-def continue_align(cache: CacheConfig, student: Path, output_dir: Path, **changes: Any) -> None:
-    train_student(
-        cache=cache,
-        student=student_config(student),
-        train=train_config(**changes),
-        output_dir=output_dir,
-        stages=["align"],
-    )
-
-
-def test_a_done_stage_is_skipped(cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    log = tmp_path / "run/training/tiny/align/metrics.jsonl"
-    before = log.stat().st_mtime_ns
-    continue_align(cache, tiny_llava, tmp_path / "run", save_interval_steps=7, log_interval_steps=3)
-    assert log.stat().st_mtime_ns == before
-
-
-def test_other_settings_are_refused_by_name(
-    cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(CheckpointError, match=r"settings\.learning_rate: stored 0\.001, asked 0\.002"):
-        continue_align(cache, tiny_llava, finished, align=STAGE | {"learning_rate": 2e-3})
-    with pytest.raises(CheckpointError, match="seed"):
-        continue_align(cache, tiny_llava, half_done(finished, tmp_path), seed=1)
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "record"])
-def test_a_damaged_checkpoint_falls_back(
-    damage: str, cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = half_done(finished, tmp_path)
-    newest = run / "training/tiny/align/checkpoints/step-00000002"
-    state = newest / "state.pt"
-    data = bytearray(state.read_bytes())
-    if damage == "flip":
-        data[len(data) // 2] ^= 1
-        state.write_bytes(data)
-    elif damage == "truncate":
-        state.write_bytes(data[:-7])
-    elif damage == "delete":
-        state.unlink()
-    else:
-        record = newest / "COMMIT.json"
-        record.write_text(record.read_text().replace('"step"', '"stop"'))
-    with caplog.at_level("INFO"):
-        continue_align(cache, tiny_llava, run)
-    assert "step-00000002 is damaged" in caplog.text
-    assert "resumes after step 1" in caplog.text
-    assert numbers(read_metrics(run, "align")) == numbers(read_metrics(finished, "align"))
-
-
-def test_uncommitted_and_old_checkpoints(cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path) -> None:
-    run = half_done(finished, tmp_path)
-    checkpoints = run / "training/tiny/align/checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000002"]
-    (checkpoints / "step-00000002" / "COMMIT.json").unlink()
-    continue_align(cache, tiny_llava, run)
-    assert numbers(read_metrics(run, "align")) == numbers(read_metrics(finished, "align"))
-    assert (checkpoints / "step-00000002" / "COMMIT.json").exists()
-
-
-def test_only_damaged_checkpoints_never_restart_silently(
-    cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path
-) -> None:
-    run = half_done(finished, tmp_path)
-    for state in run.rglob("state.pt"):
-        state.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="all 2 checkpoints"):
-        continue_align(cache, tiny_llava, run)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(
