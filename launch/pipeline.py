@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from distill.config import StudentConfig
 from launch.logs import setup_logging
 from launch.processes import run_process, trainer_environment
 from launch.run_config import RunConfig, load_run_config, split_config_path, write_run_config
@@ -52,15 +54,15 @@ def run_pipeline(config: RunConfig) -> None:
     run_file = output_dir / "run-files" / f"{config.students[0].name}.yaml"
     write_run_config(config, run_file, header=f"Everything that decided the run of {names}; loads to the same run.")
     steps = [
-        Step(name="cache", action=lambda: build(config)),
+        Step(name="cache", action=partial(build, config)),
         *(
-            Step(name=f"train {student.name}", action=lambda name=student.name: train(config, name, run_file=run_file))  # type: ignore[misc]
+            Step(name=f"train {student.name}", action=partial(train, config, student, run_file=run_file))
             for student in config.students
         ),
     ]
     if config.evaluation is not None:
-        steps.append(Step(name=f"evaluate {names}", action=lambda: evaluate_run(config)))
-        steps.append(Step(name="report", action=lambda: report(output_dir)))
+        steps.append(Step(name=f"evaluate {names}", action=partial(evaluate_run, config)))
+        steps.append(Step(name="report", action=partial(report, output_dir)))
     for number, step in enumerate(steps, start=1):
         logger.info("step %d of %d: %s", number, len(steps), step.name)
         with timed(output_dir, step=step.name):
@@ -78,26 +80,56 @@ def build(config: RunConfig) -> None:
     build_cache(config.cache, log_dir=Path(config.output_dir) / "logs")
 
 
-def train(config: RunConfig, student: str, *, run_file: Path) -> None:
+def train(config: RunConfig, student: StudentConfig, *, run_file: Path) -> None:
     """Train one student in processes of its own, so that this one stays free of torch.distributed.
 
     Raises:
         GenrecalError: Training failed.
     """
-    command = [sys.executable, "-m", "launch.cli", "train", str(run_file), "--student", student]
+    output_dir = Path(config.output_dir)
+    marker = output_dir / "training" / student.name / "COMPLETE"
+    key = _training_key(config, student)
+    if marker.exists() and marker.read_text() == key and (output_dir / "students" / student.name).is_dir():
+        logger.info("%s is trained already", student.name)
+        return
+    command = [sys.executable, "-m", "launch.cli", "train", str(run_file), "--student", student.name]
     code = run_process(command, environment=trainer_environment(num_processes=config.train.num_processes))
     if code > 128:
         raise SystemExit(code)
     if code != 0:
-        log = Path(config.output_dir) / "logs" / f"train-{student}.log"
-        raise GenrecalError(f"training {student} failed with exit code {code}; see {log}. Run again to resume.")
+        log = output_dir / "logs" / f"train-{student.name}.log"
+        error = GenrecalError(f"training {student.name} failed with exit code {code}; see {log}. Run again to resume.")
+        error.exit_code = code
+        raise error
+    marker.write_text(key)
+
+
+def _training_key(config: RunConfig, student: StudentConfig) -> str:
+    """Return what a finished training depends on; the trainer itself checks each part by name."""
+    from distill.student import resolve_model
+    from teacher_cache import open_cache
+    from teacher_cache.manifest import fingerprint
+    from teacher_cache.teacher_checkpoint import digest_files, weight_files
+
+    return fingerprint(
+        {
+            "train": config.train.model_dump(mode="json"),
+            "student": student.model_dump(mode="json"),
+            "weights": digest_files(weight_files(resolve_model(student.model, revision=student.revision))),
+            "cache": open_cache(config.cache.uri).fingerprint,
+        }
+    )
 
 
 def report(output_dir: Path) -> None:
-    """Write the HTML report."""
+    """Write the HTML report, unless it is newer than everything it shows."""
     from launch.report import write_report
 
-    logger.info("report: %s", write_report(output_dir))
+    path = output_dir / "report.html"
+    sources = [*output_dir.glob("evaluation/*.json"), *output_dir.glob("training/*/*/metrics.jsonl")]
+    if not path.exists() or any(source.stat().st_mtime > path.stat().st_mtime for source in sources):
+        write_report(output_dir)
+    logger.info("report: %s", path)
 
 
 @contextmanager
