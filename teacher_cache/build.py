@@ -77,7 +77,7 @@ class _Pool:
         self.stop = stop
         self.ray = ray
         self.actor_class = ray.remote(_Actor).options(
-            max_restarts=0, max_task_retries=0, **_actor_options(job.config.build, available=ray.cluster_resources())
+            max_restarts=0, max_task_retries=0, **_actor_options(job.config, available=ray.cluster_resources())
         )
         self.attempts: Counter[str] = Counter()
         self.failures: dict[str, BaseException] = {}
@@ -213,7 +213,8 @@ def _ray_session(build: BuildConfig) -> Iterator[ModuleType]:
         ray.shutdown()
 
 
-def _actor_options(build: BuildConfig, *, available: dict[str, float]) -> dict[str, Any]:
+def _actor_options(config: CacheConfig, *, available: dict[str, float]) -> dict[str, Any]:
+    build = config.build
     gpus = build.gpus_per_replica
     if gpus is None:
         gpus = build.tensor_parallel_size if available.get("GPU", 0) else 0
@@ -226,5 +227,5 @@ def _actor_options(build: BuildConfig, *, available: dict[str, float]) -> dict[s
     return {
         "num_cpus": build.cpus_per_replica,
         "num_gpus": gpus,
-        "runtime_env": {"env_vars": engine_environment(on_cuda=gpus > 0)},
+        "runtime_env": {"env_vars": engine_environment(model=config.teacher.model, on_cuda=gpus > 0)},
     }

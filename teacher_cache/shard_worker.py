@@ -11,7 +11,7 @@ from pathlib import Path
 from teacher_cache.build_plan import keeps_question_rows
 from teacher_cache.chat import encode_conversation, load_processor
 from teacher_cache.config import CacheConfig
-from teacher_cache.errors import SampleError
+from teacher_cache.errors import GenrecalError, SampleError
 from teacher_cache.reader import open_cache
 from teacher_cache.schema import EncodedConversation, Sample, SkippedSample, TeacherTargets
 from teacher_cache.teacher import Teacher, TransformersTeacher, check_head_agrees
@@ -112,21 +112,27 @@ class ShardWorker:
                 conversation = encode_conversation(self.processor, sample, max_length=self.config.data.max_length)
             except SampleError as error:
                 skipped.append(_skipped(error))
+            except GenrecalError:
+                raise
+            except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                # a processor refuses an image or a text in its own words: that costs this sample, not the job
+                logger.warning("sample %s cannot be encoded", sample.sample_id, exc_info=True)
+                message = f"the teacher's processor refuses the sample: {type(error).__name__}: {error}"
+                skipped.append(SkippedSample(sample_id=sample.sample_id, reason="not-encodable", message=message))
             else:
                 encoded.append(_Encoded(sample=sample, conversation=conversation))
         return encoded, skipped
 
     def _run_teacher(self, encoded: list[_Encoded]) -> tuple[list[TeacherTargets], list[SkippedSample]]:
-        targets, settings = self.config.targets, self.config
+        settings = self.config.targets
         skipped: list[SkippedSample] = []
         while encoded:
             try:
                 done = self.teacher.compute(
                     [entry.conversation for entry in encoded],
-                    topk=targets.topk,
+                    topk=settings.topk,
                     question_rows=[
-                        keeps_question_rows(entry.sample, fraction=settings.targets.question_fraction)
-                        for entry in encoded
+                        keeps_question_rows(entry.sample, fraction=settings.question_fraction) for entry in encoded
                     ],
                 )
             except SampleError as error:

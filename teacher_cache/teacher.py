@@ -79,7 +79,7 @@ class TransformersTeacher:
         directory = checkpoint_directory(config)
         options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
         model_config = transformers.AutoConfig.from_pretrained(directory, **options)
-        auto = (
+        auto: Any = (
             transformers.AutoModelForCausalLM
             if model_config.get_text_config() is model_config
             else transformers.AutoModelForImageTextToText

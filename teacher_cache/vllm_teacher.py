@@ -24,13 +24,15 @@ CPU_KV_CACHE_GIB = 0.25
 """Key-value cache on a CPU unless the config says otherwise: vLLM would take a fraction of all memory."""
 
 
-def engine_environment(*, on_cuda: bool, log_file: Path | None = None) -> dict[str, str]:
-    """Return the environment variables that vLLM reads when it is imported.
+def engine_environment(*, model: str, on_cuda: bool, log_file: Path | None = None) -> dict[str, str]:
+    """Return the environment variables that vLLM and its libraries read when they are imported.
 
     On a CPU the engine runs inside this process, without pinning threads to cores and without compiling.
     Variables that are already set win.
     """
     variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+    if Path(model).is_dir():
+        variables["HF_HUB_OFFLINE"] = "1"
     if log_file is not None:
         variables["VLLM_LOGGING_LEVEL"] = "INFO"
         variables["VLLM_LOGGING_CONFIG_PATH"] = str(_logging_config_path(log_file))
@@ -51,7 +53,7 @@ class VllmTeacher:
     ) -> None:
         directory = checkpoint_directory(config)
         on_cuda = torch.cuda.is_available()
-        _prepare_process(on_cuda=on_cuda, log_file=log_file)
+        _prepare_process(config.model, on_cuda=on_cuda, log_file=log_file)
         import vllm
 
         self.dtype = torch_dtype(config)
@@ -180,11 +182,11 @@ def check_token_ids(conversation: EncodedConversation, *, found: Int[np.ndarray,
     )
 
 
-def _prepare_process(*, on_cuda: bool, log_file: Path | None) -> None:
+def _prepare_process(model: str, *, on_cuda: bool, log_file: Path | None) -> None:
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         _logging_config_path(log_file).write_text(json.dumps(_logging_config(log_file)), encoding="utf-8")
-    os.environ |= engine_environment(on_cuda=on_cuda, log_file=log_file) | os.environ
+    os.environ |= engine_environment(model=model, on_cuda=on_cuda, log_file=log_file) | os.environ
 
 
 def _logging_config_path(log_file: Path) -> Path:

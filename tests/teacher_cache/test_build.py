@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from teacher_cache import open_cache
@@ -25,6 +26,7 @@ from teacher_cache.errors import CacheMismatch, ConfigError, DataError, TeacherE
 from teacher_cache.inspect import verify_cache
 from teacher_cache.reader import TeacherCache
 from teacher_cache.samples import read_samples
+from teacher_cache.shard_worker import ShardWorker
 from teacher_cache.teacher import TransformersTeacher
 from tests.teacher_cache.conversations import MAX_LENGTH, encode_digits
 from tests.teacher_cache.test_vllm_teacher import FLOAT32_TOLERANCE, largest_difference
@@ -34,13 +36,14 @@ TARGETS = TargetsConfig(topk=8, question_fraction=0.5)
 
 
 def make_config(uri: Path, *, model: Path, data: Path, **build: Any) -> CacheConfig:
+    settings: dict[str, Any] = {"engine": "transformers", "kv_cache_gib": 0.0625, "cpus_per_replica": 0.5} | build
     return CacheConfig(
         uri=str(uri),
         teacher=TeacherConfig(model=str(model), dtype="float32"),
         data=DataConfig(path=str(data), max_length=MAX_LENGTH),
         targets=TARGETS,
         samples_per_shard=SAMPLES_PER_SHARD,
-        build=BuildConfig(**{"engine": "transformers", "kv_cache_gib": 0.0625, "cpus_per_replica": 0.5} | build),
+        build=BuildConfig(**settings),
     )
 
 
@@ -152,6 +155,22 @@ def test_samples_that_are_too_long_are_listed(
         build_cache(smaller_budget)
     with pytest.raises(DataError, match="max_skipped_samples"):
         build_cache(smaller_budget.model_copy(update={"uri": str(tmp_path / "fresh")}))
+
+
+def test_an_image_that_the_processor_refuses_costs_one_sample(tiny_qwen2_vl: Path, tmp_path: Path) -> None:
+    rows = []
+    for name, size in (("good", (16, 16)), ("thin", (1, 400))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+        messages = [{"role": "user", "content": "<image>Which digit?"}, {"role": "assistant", "content": "seven"}]
+        rows.append({"id": name, "messages": messages, "images": [f"{name}.png"]})
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = with_data(make_config(tmp_path / "cache", model=tiny_qwen2_vl, data=data), max_skipped_samples=1)
+    samples = read_samples(config.data)
+    worker = ShardWorker(config, writer=open_builder(config, samples), identity={}, log_file=None)
+    report = worker.build("shard-000000", samples.samples)
+    assert [(bad.sample_id, bad.reason) for bad in report.skipped] == [("thin", "not-encodable")]
+    assert open_cache(config.uri).sample_ids == ("good",)
 
 
 def test_a_teacher_that_cannot_start_is_given_up(

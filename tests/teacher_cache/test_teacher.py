@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,8 @@ def test_rows_and_scores_are_those_of_the_plain_forward(tiny_qwen2_vl: Path, dig
             ids = torch.from_numpy(conversation.token_ids).long()[None]
             plain = model(input_ids=ids, **conversation.model_inputs, output_hidden_states=True)
         rows, logprobs = plain.hidden_states[-1][0], plain.logits[0].log_softmax(-1)
-        tier_a, tier_l = [], []
+        tier_a: list[int] = []
+        tier_l: list[int] = []
         for start, stop in conversation.spans:
             tier_a += range(start - 1, stop)
             tier_l += range(start, stop)
@@ -169,7 +171,7 @@ def test_head_logprobs_equal_a_full_log_softmax(softcap: float | None, monkeypat
 def test_packed_targets_come_back_bit_for_bit(dtype: torch.dtype) -> None:
     rows = torch.randn(3, 5).to(dtype)
     scores = score_logits(torch.randn(2, 9), target_ids=torch.tensor([4, 8]), topk=3)
-    sizes = {"num_rows": 3, "hidden_size": 5, "dtype": dtype, "num_answers": 2, "topk": 3}
+    sizes: dict[str, Any] = {"num_rows": 3, "hidden_size": 5, "dtype": dtype, "num_answers": 2, "topk": 3}
     found_rows, found = unpack(pack(rows, scores), **sizes)
     assert torch.equal(found_rows, rows)
     for field in dataclasses.fields(scores):
