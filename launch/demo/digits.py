@@ -1,8 +1,9 @@
 """Digit-grid VQA: questions about 2 x 2 grids of real handwritten digits, with answers that can be checked.
 
 The digits are the 1,797 images of 8 x 8 pixels (UCI optdigits) that ship with scikit-learn. A grid holds four
-of them; no grid repeats two different digits. The question says in which form the answer is wanted (numeral,
-word or sentence), so that the reference answer is the only right one, word by word.
+of them in cells of 10 x 10 pixels parted by lines; at most one digit occurs more than once. The question says in
+which form the answer is wanted (numeral, word or sentence), so that the reference answer is the only right one,
+word by word.
 
 ``facts`` are what the answer says: numbers as numerals, "yes" and "no", in order.
 """
@@ -30,6 +31,8 @@ NUMBER_WORDS = (
 )
 FACT = re.compile(rf"\b(\d+|yes|no|{'|'.join(NUMBER_WORDS)})\b", re.IGNORECASE)
 TEST_FRACTION = 0.2
+CELL = 10
+LINE_BRIGHTNESS = 128
 REQUESTS: dict[Form, tuple[str, ...]] = {
     "numeral": ("Answer with a numeral.", "Reply in numerals."),
     "word": ("Answer with one word.", "Reply in a word."),
@@ -72,16 +75,20 @@ class Conversation:
 def generate_digit_vqa(out_dir: str | Path, *, num_train: int, num_test: int, seed: int, max_turns: int = 3) -> None:
     """Write ``train.parquet`` and ``test.parquet`` in the common chat form.
 
-    A training row asks 1 to ``max_turns`` questions about its image, a test row one, each family in turn.
-    ``family`` and ``facts`` describe the last turn.
+    A training row asks 1 to ``max_turns`` questions of different families about its image, a test row one.
+    ``family`` and ``facts`` describe the last turn, whose family rotates.
     """
     train, test = split_digits(seed=seed)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name, images, count, turns in (("train", train, num_train, max_turns), ("test", test, num_test, 1)):
+    for name, images, count, most_turns in (("train", train, num_train, max_turns), ("test", test, num_test, 1)):
         rng = np.random.default_rng([seed, *name.encode()])
-        conversations = [random_conversation(images, rng=rng, max_turns=turns, index=i) for i in range(count)]
-        rows = [_row(conversation, f"{name}-{i:06d}") for i, conversation in enumerate(conversations)]
+        rows = []
+        for index in range(count):
+            last = FAMILIES[index % len(FAMILIES)]
+            others = [family for family in shuffled(FAMILIES, rng=rng) if family != last]
+            asked = (*others[: int(rng.integers(most_turns))], last)
+            rows.append(_row(random_conversation(images, families=asked, rng=rng), f"{name}-{index:06d}"))
         partial = out_dir / f".{name}.parquet.partial"
         pq.write_table(pa.Table.from_pylist(rows), partial)
         partial.replace(out_dir / f"{name}.parquet")
@@ -100,21 +107,28 @@ def split_digits(*, seed: int) -> tuple[DigitImages, DigitImages]:
     return train, test
 
 
-def random_conversation(
-    images: DigitImages, *, rng: np.random.Generator, max_turns: int = 1, index: int | None = None
-) -> Conversation:
-    """Draw a grid and questions of different families about it; ``index`` fixes the last one's family, in rotation."""
-    chosen = rng.choice(len(images.labels), size=4, replace=False)
-    while _repeated_digits(images.labels[chosen]) > 1:
-        chosen = rng.choice(len(images.labels), size=4, replace=False)
-    digits = tuple(int(label) for label in images.labels[chosen])
-    order = rng.permutation(len(QUESTIONS))[: int(rng.integers(1, max_turns + 1))]
-    if index is not None:
-        last = index % len(QUESTIONS)
-        order = np.append(order[order != last][: max_turns - 1], last)
-    asked = list(QUESTIONS.values())
-    turns = tuple(asked[family](digits, rng) for family in order)
-    return Conversation(digits=digits, image=_compose(images.pixels[chosen]), turns=turns)
+def random_conversation(images: DigitImages, *, families: Sequence[Family], rng: np.random.Generator) -> Conversation:
+    """Draw a grid and one question of each family about it, in the order given."""
+    chosen, digits = _draw_grid(images, rng)
+    while sum(digits.count(digit) > 1 for digit in set(digits)) > 1:
+        chosen, digits = _draw_grid(images, rng)
+    turns = tuple(QUESTIONS[family](digits, rng) for family in families)
+    return Conversation(digits=digits, image=compose(images.pixels[chosen], rng=rng), turns=turns)
+
+
+def compose(digits: UInt8[np.ndarray, "4 8 8"], *, rng: np.random.Generator) -> UInt8[np.ndarray, "20 20"]:
+    """Return the image of a grid, each digit at a random place inside its cell."""
+    image = np.zeros((2 * CELL, 2 * CELL), dtype=np.uint8)
+    for index, (top, left) in enumerate(rng.integers(3, size=(4, 2)).tolist()):
+        row, column = divmod(index, 2)
+        image[row * CELL + top :, column * CELL + left :][:8, :8] = digits[index]
+    image[CELL - 1 : CELL + 1] = image[:, CELL - 1 : CELL + 1] = LINE_BRIGHTNESS
+    return image
+
+
+def shuffled(families: Sequence[Family], *, rng: np.random.Generator) -> list[Family]:
+    """Return the families in random order."""
+    return [families[index] for index in rng.permutation(len(families))]
 
 
 def answer_facts(answer: str) -> list[str]:
@@ -157,12 +171,9 @@ def _row(conversation: Conversation, sample_id: str) -> dict[str, object]:
     }
 
 
-def _compose(digits: UInt8[np.ndarray, "4 8 8"]) -> UInt8[np.ndarray, "16 16"]:
-    return digits.reshape(2, 2, 8, 8).swapaxes(1, 2).reshape(16, 16)
-
-
-def _repeated_digits(labels: Int[np.ndarray, "4"]) -> int:
-    return int((np.unique(labels, return_counts=True)[1] > 1).sum())
+def _draw_grid(images: DigitImages, rng: np.random.Generator) -> tuple[Int[np.ndarray, "4"], tuple[int, ...]]:
+    chosen = rng.integers(len(images.labels), size=4)
+    return chosen, tuple(images.labels[chosen].tolist())
 
 
 def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
@@ -209,10 +220,11 @@ def _ask_count(digits: tuple[int, ...], rng: np.random.Generator) -> Turn:
 
 def _ask_sum(digits: tuple[int, ...], rng: np.random.Generator) -> Turn:
     line = _choose(rng, tuple(LINES))
+    first, second = (digits[index] for index in LINES[line])
     return _ask(
         "sum",
-        digits_answer=sum(digits[index] for index in LINES[line]),
-        sentence=f"The sum of the {line} is {{}}.",
+        digits_answer=first + second,
+        sentence=f"{NUMBER_WORDS[first]} plus {NUMBER_WORDS[second]} is {{}}.".capitalize(),
         phrasings=(f"What is the sum of the {line}?", f"Add the digits in the {line}."),
         rng=rng,
     )
@@ -283,3 +295,4 @@ QUESTIONS: dict[Family, Callable[[tuple[int, ...], np.random.Generator], Turn]] 
     "compare": _ask_compare,
     "describe": _ask_describe,
 }
+FAMILIES = tuple(QUESTIONS)

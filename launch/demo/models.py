@@ -40,6 +40,9 @@ class ModelSpec:
     text_model: Literal["qwen2", "llama"] = "qwen2"
     """Body of internvl (llava's is always llama)."""
     initializer_range: float = 0.08
+    rope_theta: float = 10000.0
+    """Base of the text body's rotary frequencies. M-RoPE gives rows and columns the lower ones: at 10000 a model
+    this small cannot tell neighbouring columns apart."""
 
     @property
     def patches_per_side(self) -> int:
@@ -121,6 +124,7 @@ def _text_sizes(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> dict[s
         "max_position_embeddings": 4096,
         "initializer_range": spec.initializer_range,
         "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -132,7 +136,7 @@ def _qwen2_vl_config(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> "
 
     half = spec.hidden_size // spec.num_heads // 2
     section = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+    rope = {"rope_type": "default", "rope_theta": spec.rope_theta, "mrope_section": section}
     return Qwen2VLConfig(
         text_config=_text_sizes(spec, tokenizer) | {"rope_parameters": rope},
         vision_config={
