@@ -113,7 +113,8 @@ class SkippedSample:
 
     sample_id: str
     reason: str
-    """Stable word: corrupt-image, missing-image, empty-answer, too-long, no-answer, bad-row."""
+    """Stable word. Read from the data: bad-row, missing-image, corrupt-image, no-answer, empty-answer. Met by the
+    teacher: too-long, not-encodable, engine-refused, not-finite."""
     message: str
 
 
