@@ -85,9 +85,7 @@ def run_trainers(command: Sequence[str], *, num_processes: int, log_dir: Path) -
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_processes,
-        logs_specs=DefaultLogsSpecs(
-            log_dir=str(log_dir), redirects=dict.fromkeys(range(1, num_processes), Std.ALL)
-        ),
+        logs_specs=DefaultLogsSpecs(log_dir=str(log_dir), redirects=dict.fromkeys(range(1, num_processes), Std.ALL)),
         run_id=f"genrecal-{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
