@@ -43,30 +43,36 @@ def run_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def run_pipeline(config: RunConfig) -> None:
-    """Build the cache, train, evaluate and report.
+def run_pipeline(*configs: RunConfig) -> None:
+    """Build, train, evaluate and report; several run files must share the output folder, and get one report.
 
     Raises:
         GenrecalError: A step failed; its own message says how to go on.
     """
-    output_dir = Path(config.output_dir)
-    names = "+".join(student.name for student in config.students)
-    run_file = output_dir / "run-files" / f"{config.students[0].name}.yaml"
-    write_run_config(config, run_file, header=f"Everything that decided the run of {names}; loads to the same run.")
-    steps = [
-        Step(name="cache", action=partial(build, config)),
-        *(
-            Step(name=f"train {student.name}", action=partial(train, config, student, run_file=run_file))
-            for student in config.students
-        ),
-    ]
-    if config.evaluation is not None:
-        steps.append(Step(name=f"evaluate {names}", action=partial(evaluate_run, config)))
+    steps = [step for config in configs for step in _steps(config)]
+    output_dir = Path(configs[0].output_dir)
+    if any(config.evaluation is not None for config in configs):
         steps.append(Step(name="report", action=partial(report, output_dir)))
+    # run files that share a cache build it once
+    steps = [step for index, step in enumerate(steps) if step.name not in {s.name for s in steps[:index]}]
     for number, step in enumerate(steps, start=1):
         logger.info("step %d of %d: %s", number, len(steps), step.name)
         with timed(output_dir, step=step.name):
             step.action()
+
+
+def _steps(config: RunConfig) -> list[Step]:
+    names = "+".join(student.name for student in config.students)
+    run_file = Path(config.output_dir) / "run-files" / f"{config.students[0].name}.yaml"
+    write_run_config(config, run_file, header=f"Everything that decided the run of {names}; loads to the same run.")
+    training = [
+        Step(name=f"train {student.name}", action=partial(train, config, student, run_file=run_file))
+        for student in config.students
+    ]
+    steps = [Step(name="cache", action=partial(build, config)), *training]
+    if config.evaluation is not None:
+        steps.append(Step(name=f"evaluate {names}", action=partial(evaluate_run, config)))
+    return steps
 
 
 def build(config: RunConfig) -> None:

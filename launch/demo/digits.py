@@ -32,6 +32,7 @@ NUMBER_WORDS = (
 FACT = re.compile(rf"\b(\d+|yes|no|{'|'.join(NUMBER_WORDS)})\b", re.IGNORECASE)
 TEST_FRACTION = 0.2
 CELL = 10
+IMAGE_SHAPE = (2 * CELL, 2 * CELL)
 LINE_BRIGHTNESS = 128
 REQUESTS: dict[Form, tuple[str, ...]] = {
     "numeral": ("Answer with a numeral.", "Reply in numerals."),
@@ -113,15 +114,14 @@ def random_conversation(images: DigitImages, *, families: Sequence[Family], rng:
     while sum(digits.count(digit) > 1 for digit in set(digits)) > 1:
         chosen, digits = _draw_grid(images, rng)
     turns = tuple(QUESTIONS[family](digits, rng) for family in families)
-    return Conversation(digits=digits, image=compose(images.pixels[chosen], rng=rng), turns=turns)
+    return Conversation(digits=digits, image=compose(images.pixels[chosen]), turns=turns)
 
 
-def compose(digits: UInt8[np.ndarray, "4 8 8"], *, rng: np.random.Generator) -> UInt8[np.ndarray, "20 20"]:
-    """Return the image of a grid, each digit at a random place inside its cell."""
-    image = np.zeros((2 * CELL, 2 * CELL), dtype=np.uint8)
-    for index, (top, left) in enumerate(rng.integers(3, size=(4, 2)).tolist()):
-        row, column = divmod(index, 2)
-        image[row * CELL + top :, column * CELL + left :][:8, :8] = digits[index]
+def compose(digits: UInt8[np.ndarray, "4 8 8"]) -> UInt8[np.ndarray, "20 20"]:
+    """Return the image of a grid."""
+    margin = (CELL - digits.shape[-1]) // 2
+    cells = np.pad(digits, ((0, 0), (margin, margin), (margin, margin)))
+    image = cells.reshape(2, 2, CELL, CELL).swapaxes(1, 2).reshape(IMAGE_SHAPE)
     image[CELL - 1 : CELL + 1] = image[:, CELL - 1 : CELL + 1] = LINE_BRIGHTNESS
     return image
 

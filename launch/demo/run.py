@@ -8,19 +8,25 @@ first student, and one that distils a second student of another family from the 
 import argparse
 import json
 import logging
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from launch.demo.digits import generate_digit_vqa
+from launch.demo.make_models import STUDENTS, TEACHER, TEACHER_STEPS, copy_trained_teacher, train_model
 from launch.logs import setup_logging
-from launch.pipeline import run_pipeline
+from launch.pipeline import run_pipeline, timed
+from launch.processes import FATE_SHARED, end_with_parent
 from launch.run_config import RunConfig, validated, write_run_config
 
 logger = logging.getLogger(__name__)
 
 SEED = 1
-STUDENTS = ("internvl", "llava")
+VISION_STEPS = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +37,6 @@ class DemoSize:
     """Conversations in the cache."""
     num_test: int
     """Held-out questions, on other handwritten digits."""
-    teacher_steps: int
     student_steps: int
     """Supervised steps that make the untouched students."""
     stage_steps: dict[str, int]
@@ -42,7 +47,6 @@ class DemoSize:
 FULL = DemoSize(
     num_train=3072,
     num_test=420,
-    teacher_steps=1500,
     student_steps=300,
     stage_steps={"align": 150, "distill": 200, "finetune": 100},
     samples_per_shard=256,
@@ -50,7 +54,6 @@ FULL = DemoSize(
 QUICK = DemoSize(
     num_train=192,
     num_test=70,
-    teacher_steps=40,
     student_steps=15,
     stage_steps={"align": 6, "distill": 6, "finetune": 4},
     samples_per_shard=32,
@@ -62,27 +65,70 @@ def demo_command(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="genrecal demo", allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything the demo writes")
     parser.add_argument("--quick", action="store_true", help="a few minutes: too short to learn much")
+    parser.add_argument("--train-teacher", action="store_true", help="train the teacher instead of copying it")
     options = parser.parse_args(argv)
-    run_demo(options.output, size=QUICK if options.quick else FULL)
+    run_demo(options.output, size=QUICK if options.quick else FULL, train_teacher=options.train_teacher)
     return 0
 
 
-def run_demo(output_dir: Path, *, size: DemoSize) -> None:
+def run_demo(output_dir: Path, *, size: DemoSize, train_teacher: bool = False) -> None:
     """Make data and models, build the cache, distil two students from it, evaluate and report."""
     setup_logging(output_dir / "logs" / "demo.log")
-    make_inputs(output_dir, size=size)
+    make_inputs(output_dir, size=size, train_teacher=train_teacher)
     first, second = (run_file(output_dir, student=student, size=size) for student in STUDENTS)
     for config in (first, second):
         write_run_config(config, output_dir / f"{config.students[0].name}.yaml", header=HEADER)
-    logger.info("first student: genrecal run %s", output_dir / f"{STUDENTS[0]}.yaml")
-    run_pipeline(first)
-    logger.info("second student, from the same cache: genrecal run %s", output_dir / f"{STUDENTS[1]}.yaml")
-    run_pipeline(second)
+    run_pipeline(first, second)
     print(summary(output_dir))
 
 
-def make_inputs(output_dir: Path, *, size: DemoSize) -> None:
+def make_inputs(output_dir: Path, *, size: DemoSize, train_teacher: bool) -> None:
     """Make what a user brings, each part once."""
+    data = output_dir / "data"
+    if not (data / "test.parquet").exists():
+        logger.info("composing %d conversations and %d held-out questions", size.num_train, size.num_test)
+        generate_digit_vqa(data, num_train=size.num_train, num_test=size.num_test, seed=SEED, max_turns=2)
+    teacher = output_dir / "teacher"
+    if not train_teacher:
+        copy_trained_teacher(teacher)
+    elif not teacher.exists():
+        with timed(output_dir, step="train the teacher"):
+            train_model(
+                TEACHER, teacher, name="teacher", steps=TEACHER_STEPS, vision_steps=VISION_STEPS, data_seed=SEED
+            )
+    if not all((output_dir / "untouched" / student).exists() for student in STUDENTS):
+        with timed(output_dir, step="untouched students"):
+            _train_students(output_dir, size=size)
+
+
+def _train_students(output_dir: Path, *, size: DemoSize) -> None:
+    (output_dir / "untouched").mkdir(exist_ok=True)
+    with ProcessPoolExecutor(
+        len(STUDENTS), mp_context=get_context("spawn"), initializer=_start_worker, initargs=(output_dir,)
+    ) as pool:
+        trained = [
+            pool.submit(
+                train_model,
+                spec,
+                output_dir / "untouched" / student,
+                name=f"untouched {student}",
+                steps=size.student_steps,
+                vision_steps=min(VISION_STEPS, size.student_steps),
+                data_seed=SEED,
+            )
+            for student, spec in STUDENTS.items()
+        ]
+        for student in trained:
+            student.result()
+
+
+def _start_worker(output_dir: Path) -> None:
+    import torch
+
+    os.environ[FATE_SHARED] = "1"
+    end_with_parent()
+    torch.set_num_threads(1)  # one process per student already fills a small machine
+    setup_logging(output_dir / "logs" / f"untouched-{os.getpid()}.log")
 
 
 def run_file(output_dir: Path, *, student: str, size: DemoSize) -> RunConfig:
@@ -141,9 +187,10 @@ def summary(output_dir: Path) -> str:
             results["teacher_accuracy"],
         )
         lines.append(f"{name:<28}" + "".join(f"{100 * accuracy:>9.1f}%" for accuracy in columns))
+    _, second = STUDENTS
     lines += [
         "",
-        f"The teacher ran once, for {seconds['cache']:.0f} s. {STUDENTS[1]} learned from the same cache without it.",
+        f"The teacher ran once, for {seconds['cache']:.0f} s. {second} learned from the same cache without it.",
         f"report:   {output_dir / 'report.html'}",
         f"students: {output_dir / 'students'}",
         f"log:      {output_dir / 'logs' / 'demo.log'}",
