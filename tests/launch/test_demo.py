@@ -1,10 +1,7 @@
 """The whole job in its short form, through the command that a newcomer types, killed once on the way."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,31 +16,8 @@ from teacher_cache.chat import load_processor, render_prompt
 from teacher_cache.config import DataConfig
 from teacher_cache.documents import parse_document
 from teacher_cache.samples import decode_image, read_samples
+from tests.launch.conftest import DEMO_COMMAND
 from tests.launch.noise import library_noise
-
-COMMAND = [sys.executable, "-m", "launch.cli", "demo", "--quick", "--output"]
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The short demo's folder: killed with SIGKILL while it trains the first student, then run to its end."""
-    folder = tmp_path_factory.mktemp("demo") / "run"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "HF_HUB"))}
-    killed = subprocess.Popen([*COMMAND, str(folder)], env=environment, start_new_session=True)
-    checkpoint = folder / "training" / next(iter(STUDENTS)) / "align" / "DONE.json"
-    deadline = time.monotonic() + 600
-    while not checkpoint.exists() and killed.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert killed.poll() is None, "the demo ended before it could be killed"
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    commits = {path.name: path.stat().st_mtime_ns for path in (folder / "cache" / "commits").iterdir()}
-    finished = subprocess.run([*COMMAND, str(folder)], env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr[-5000:]
-    (folder / "stdout.txt").write_text(finished.stdout)
-    (folder / "stderr.txt").write_text(finished.stderr)
-    assert commits == {path.name: path.stat().st_mtime_ns for path in (folder / "cache" / "commits").iterdir()}
-    return folder
 
 
 def test_results_hold_every_accuracy(demo: Path) -> None:
@@ -88,7 +62,7 @@ def test_a_second_run_rebuilds_nothing(demo: Path) -> None:
     watched = [*demo.glob("students/*/model.safetensors"), *demo.glob("evaluation/*.json"), demo / "report.html"]
     before = {path: path.stat().st_mtime_ns for path in watched}
     start = time.monotonic()
-    again = subprocess.run([*COMMAND, str(demo)], capture_output=True, text=True, check=False)
+    again = subprocess.run([*DEMO_COMMAND, str(demo)], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr[-3000:]
     assert before == {path: path.stat().st_mtime_ns for path in watched}
     assert time.monotonic() - start < 60
