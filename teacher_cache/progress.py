@@ -60,6 +60,8 @@ class _Lines:
         self.shown = time.monotonic()
         elapsed = self.shown - self.started
         parts = [f"{self.done}/{self.total} {self.unit}s", f"{_clock(elapsed)} elapsed"]
+        if self.done > self.initial and elapsed > 0:
+            parts.append(f"{(self.done - self.initial) / elapsed:.3g} {self.unit}s/s")
         if self.initial < self.done < self.total:
             parts.append(f"{_clock(elapsed * (self.total - self.done) / (self.done - self.initial))} left")
         parts += [f"{name} {value}" for name, value in self.postfix.items()]
