@@ -47,7 +47,7 @@ class DemoSize:
 FULL = DemoSize(
     num_train=3072,
     num_test=420,
-    student_steps=300,
+    student_steps=400,
     stage_steps={"align": 150, "distill": 200, "finetune": 100},
     samples_per_shard=256,
 )
