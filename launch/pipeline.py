@@ -29,7 +29,8 @@ class Step:
     """One part of a run, by the name under which its duration is kept."""
 
     name: str
-    action: Callable[[], object]
+    action: Callable[[], bool]
+    """Returns False when everything was there already."""
 
 
 def run_command(argv: Sequence[str]) -> int:
@@ -57,8 +58,8 @@ def run_pipeline(*configs: RunConfig) -> None:
     steps = [step for index, step in enumerate(steps) if step.name not in {s.name for s in steps[:index]}]
     for number, step in enumerate(steps, start=1):
         logger.info("step %d of %d: %s", number, len(steps), step.name)
-        with timed(output_dir, step=step.name):
-            step.action()
+        with timed(output_dir, step=step.name) as timing:
+            timing.counts = step.action()
 
 
 def _steps(config: RunConfig) -> list[Step]:
@@ -71,22 +72,22 @@ def _steps(config: RunConfig) -> list[Step]:
     ]
     steps = [Step(name="cache", action=partial(build, config)), *training]
     if config.evaluation is not None:
-        steps.append(Step(name=f"evaluate {names}", action=partial(evaluate_run, config)))
+        steps.append(Step(name=f"evaluate {names}", action=partial(evaluate, config)))
     return steps
 
 
-def build(config: RunConfig) -> None:
-    """Build the teacher cache, or find it complete.
+def build(config: RunConfig) -> bool:
+    """Build the teacher cache, or find it complete; return whether any shard was missing.
 
     Raises:
         CacheIncomplete: Some shards could not be built.
     """
     from teacher_cache.build import build_cache
 
-    build_cache(config.cache, log_dir=Path(config.output_dir) / "logs")
+    return build_cache(config.cache, log_dir=Path(config.output_dir) / "logs").shards_built > 0
 
 
-def train(config: RunConfig, student: StudentConfig, *, run_file: Path) -> None:
+def train(config: RunConfig, student: StudentConfig, *, run_file: Path) -> bool:
     """Train one student in processes of its own, so that this one stays free of torch.distributed.
 
     Raises:
@@ -97,7 +98,7 @@ def train(config: RunConfig, student: StudentConfig, *, run_file: Path) -> None:
     key = _training_key(config, student)
     if marker.exists() and marker.read_text() == key and (output_dir / "students" / student.name).is_dir():
         logger.info("%s is trained already", student.name)
-        return
+        return False
     command = [sys.executable, "-m", "launch.cli", "train", str(run_file), "--student", student.name]
     code = run_process(command, environment=trainer_environment(num_processes=config.train.num_processes))
     if code > 128:
@@ -108,6 +109,7 @@ def train(config: RunConfig, student: StudentConfig, *, run_file: Path) -> None:
         error.exit_code = code
         raise error
     marker.write_text(key)
+    return True
 
 
 def _training_key(config: RunConfig, student: StudentConfig) -> str:
@@ -127,32 +129,53 @@ def _training_key(config: RunConfig, student: StudentConfig) -> str:
     )
 
 
-def report(output_dir: Path) -> None:
+def evaluate(config: RunConfig) -> bool:
+    """Score what is not scored yet."""
+    evaluate_run(config)
+    return True
+
+
+def report(output_dir: Path) -> bool:
     """Write the HTML report, unless it is newer than everything it shows."""
     from launch.report import write_report
 
     path = output_dir / "report.html"
     sources = [*output_dir.glob("evaluation/*.json"), *output_dir.glob("training/*/*/metrics.jsonl")]
-    if not path.exists() or any(source.stat().st_mtime > path.stat().st_mtime for source in sources):
+    stale = not path.exists() or any(source.stat().st_mtime > path.stat().st_mtime for source in sources)
+    if stale:
         write_report(output_dir)
     logger.info("report: %s", path)
+    return stale
+
+
+@dataclass(kw_only=True)
+class Timing:
+    """Whether a step's time is kept."""
+
+    counts: bool = True
 
 
 @contextmanager
-def timed(output_dir: Path, *, step: str) -> Iterator[None]:
+def timed(output_dir: Path, *, step: str) -> Iterator[Timing]:
     """Add the time that a step takes to timings.json: a step continued in a second run counts both."""
     path = output_dir / "timings.json"
+    timing = Timing()
     start = time.monotonic()
     try:
-        yield
+        yield timing
     finally:
-        timings = json.loads(path.read_text()) if path.exists() else []
-        earlier = next((timing for timing in timings if timing["step"] == step), None)
-        if earlier is None:
-            earlier = {"step": step, "seconds": 0.0}
-            timings.append(earlier)
-        earlier["seconds"] = round(earlier["seconds"] + time.monotonic() - start, 1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(timings, indent=2) + "\n")
-        temporary.replace(path)
+        if timing.counts:
+            _add_seconds(path, step=step, seconds=time.monotonic() - start)
+
+
+def _add_seconds(path: Path, *, step: str, seconds: float) -> None:
+    rows = json.loads(path.read_text()) if path.exists() else []
+    row = next((row for row in rows if row["step"] == step), None)
+    if row is None:
+        row = {"step": step, "seconds": 0.0}
+        rows.append(row)
+    row["seconds"] = round(row["seconds"] + seconds, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows, indent=2) + "\n")
+    temporary.replace(path)
