@@ -8,6 +8,7 @@ from typing import Any
 from distill.config import StudentConfig
 from distill.scoring import EvaluationResult, read_result
 from launch.run_config import RunConfig
+from teacher_cache.config import TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,20 +16,35 @@ class Evaluated:
     """One model of a run and the name of its evaluation."""
 
     name: str
-    path: Path
+    model: str
+    """Hugging Face directory or repository id."""
+    revision: str | None = None
+    trust_remote_code: bool = False
     trained: bool
     """True for a student that this run trains, so that it may not exist yet."""
 
 
 def evaluated_models(config: RunConfig) -> list[Evaluated]:
     """Return the teacher first (agreement is measured against it), then each student before and after training."""
-    models = [Evaluated(name="teacher", path=Path(config.cache.teacher.model), trained=False)]
+    models = []
+    if config.evaluation is not None and config.evaluation.score_teacher:
+        models.append(_as_given("teacher", config.cache.teacher))
     for student in config.students:
         if student.method == "genrecal":
-            models.append(Evaluated(name=f"{student.name}-untouched", path=Path(student.model), trained=False))
+            models.append(_as_given(f"{student.name}-untouched", student))
         trained = Path(config.output_dir) / "students" / student.name
-        models.append(Evaluated(name=student.name, path=trained, trained=True))
+        models.append(Evaluated(name=student.name, model=str(trained), trained=True))
     return models
+
+
+def _as_given(name: str, config: TeacherConfig | StudentConfig) -> Evaluated:
+    return Evaluated(
+        name=name,
+        model=config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        trained=False,
+    )
 
 
 def collect_results(config: RunConfig) -> dict[str, Any]:
@@ -36,12 +52,10 @@ def collect_results(config: RunConfig) -> dict[str, Any]:
     folder = Path(config.output_dir)
     path = folder / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"students": {}}
-    teacher = read_result(folder / "evaluation" / "teacher.json")
-    results |= {
-        "teacher_accuracy": teacher.accuracy,
-        "teacher_bits_per_byte": teacher.bits_per_byte,
-        "num_samples": teacher.num_samples,
-    }
+    if (teacher_file := folder / "evaluation" / "teacher.json").exists():
+        teacher = read_result(teacher_file)
+        results |= {"teacher_accuracy": teacher.accuracy, "teacher_bits_per_byte": teacher.bits_per_byte}
+        results |= {"num_samples": teacher.num_samples}
     for student in config.students:
         if student.method == "genrecal":
             results["students"][student.name] = _student_results(student, config=config)

@@ -26,6 +26,8 @@ class EvaluationConfig(StrictConfig):
     """Parquet or JSON-lines file of held-out conversations; the last answer of each is the reference."""
     scorer: Literal["exact", "digits"] = "exact"
     """`exact` (normalised equality with the reference), or `digits` (the facts of the digit-grid demo)."""
+    score_teacher: bool = True
+    """Score the teacher too, and each student's agreement with it; this loads the teacher."""
     max_samples: int | None = Field(default=None, gt=0)
     """Score only the first so many; all by default."""
     batch_size: int = Field(default=64, gt=0)

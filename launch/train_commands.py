@@ -69,7 +69,7 @@ def evaluate_run(config: RunConfig) -> dict[str, object]:
         raise ConfigError("the run file has no `evaluation`: add at least `evaluation: {data: held-out.parquet}`")
     output_dir = Path(config.output_dir)
     for model in evaluated_models(config):
-        if not model.path.exists() and model.trained:
+        if model.trained and not Path(model.model).exists():
             logger.info("student %s is not trained yet: not scored", model.name)
             continue
         _evaluate(model, evaluation=config.evaluation, output_dir=output_dir, max_length=config.cache.data.max_length)
@@ -87,29 +87,37 @@ def export_command(argv: Sequence[str]) -> int:
     if target.exists():
         raise DataError(f"{target} exists already: choose another directory")
     shutil.copytree(source, target)
-    logger.info("wrote %s", target)
+    print(f"wrote {target}")
     return 0
 
 
 def _evaluate(model: Evaluated, *, evaluation: EvaluationConfig, output_dir: Path, max_length: int) -> None:
+    from distill.student import resolve_model
+
+    path = resolve_model(model.model, revision=model.revision)
     result_path = output_dir / "evaluation" / f"{model.name}.json"
     key_path = result_path.with_suffix(".key")
-    key = _evaluation_key(model.path, evaluation=evaluation)
+    key = _evaluation_key(path, evaluation=evaluation)
     if result_path.exists() and key_path.exists() and key_path.read_text() == key:
         return
-    logger.info("scoring %s (%s)", model.name, model.path)
+    logger.info("scoring %s (%s)", model.name, path)
     from distill.evaluate import EvaluationSettings, evaluate_model
     from distill.scoring import read_result
 
     teacher = output_dir / "evaluation" / "teacher.json"
+    settings = EvaluationSettings(
+        batch_size=evaluation.batch_size,
+        max_new_tokens=evaluation.max_new_tokens,
+        trust_remote_code=model.trust_remote_code,
+    )
     evaluate_model(
-        model.path,
+        path,
         name=model.name,
         data=DataConfig(path=evaluation.data, max_samples=evaluation.max_samples, max_length=max_length),
         output_path=result_path,
         scorer=_scorer(evaluation.scorer),
-        teacher_answers=None if model.name == "teacher" else read_result(teacher).answers,
-        settings=EvaluationSettings(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
+        teacher_answers=read_result(teacher).answers if model.name != "teacher" and evaluation.score_teacher else None,
+        settings=settings,
     )
     key_path.write_text(key)
 
