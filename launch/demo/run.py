@@ -26,6 +26,7 @@ from launch.run_config import RunConfig, validated, write_run_config
 logger = logging.getLogger(__name__)
 
 SEED = 1
+GLOBAL_BATCH_SIZE = 32
 VISION_STEPS = 400
 
 
@@ -79,7 +80,7 @@ def run_demo(output_dir: Path, *, size: DemoSize, train_teacher: bool = False) -
     for config in (first, second):
         write_run_config(config, output_dir / f"{config.students[0].name}.yaml", header=HEADER)
     run_pipeline(first, second)
-    print(summary(output_dir))
+    print(summary(output_dir, size=size))
 
 
 def make_inputs(output_dir: Path, *, size: DemoSize, train_teacher: bool) -> None:
@@ -135,7 +136,7 @@ def run_file(output_dir: Path, *, student: str, size: DemoSize) -> RunConfig:
     """Return the run file of one student and its baseline: the same stages without the teacher."""
     base = {"model": str(output_dir / "untouched" / student), "dtype": "float32", "max_length": 512}
     stage_options = {
-        "global_batch_size": 32,
+        "global_batch_size": GLOBAL_BATCH_SIZE,
         "micro_batch_size": 16,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
@@ -171,7 +172,7 @@ def run_file(output_dir: Path, *, student: str, size: DemoSize) -> RunConfig:
     return validated(values, source=f"the demo's run file for {student}")
 
 
-def summary(output_dir: Path) -> str:
+def summary(output_dir: Path, *, size: DemoSize) -> str:
     """Return the table that ends the demo: accuracies, what the cache saved, where to look."""
     results = json.loads((output_dir / "results.json").read_text())
     seconds = {timing["step"]: timing["seconds"] for timing in json.loads((output_dir / "timings.json").read_text())}
@@ -188,9 +189,12 @@ def summary(output_dir: Path) -> str:
         )
         lines.append(f"{name:<28}" + "".join(f"{100 * accuracy:>9.1f}%" for accuracy in columns))
     _, second = STUDENTS
+    live = len(STUDENTS) * GLOBAL_BATCH_SIZE * (size.stage_steps["align"] + size.stage_steps["distill"])
     lines += [
         "",
-        f"The teacher ran once, for {seconds['cache']:.0f} s. {second} learned from the same cache without it.",
+        f"The teacher ran once over {size.num_train} conversations, in {seconds['cache']:.0f} s with start-up; "
+        f"{second} learned from the same cache without it.",
+        f"Live in align and distill of both students it would have run over {live}.",
         f"report:   {output_dir / 'report.html'}",
         f"students: {output_dir / 'students'}",
         f"log:      {output_dir / 'logs' / 'demo.log'}",
