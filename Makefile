@@ -11,7 +11,7 @@ export PYTHON
 .DEFAULT_GOAL := demo
 
 install:
-	@command -v c++ >/dev/null && command -v make >/dev/null || { \
+	@command -v c++ >/dev/null || { \
 	  echo "A C++ toolchain is needed. On Debian: apt-get install build-essential python3-dev python3-venv" >&2; exit 1; }
 	@launch/install.sh $(VENV)
 

