@@ -5,7 +5,6 @@ integrity (a retry is useless), 128 + n on signal n.
 """
 
 import importlib
-import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -140,5 +139,4 @@ def _unwind(signum: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     sys.exit(main())

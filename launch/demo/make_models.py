@@ -1,5 +1,6 @@
 """The models that a user of the real thing brings: a trained teacher, and students that are trained a little."""
 
+import filecmp
 import logging
 import shutil
 from collections.abc import Sequence
@@ -106,6 +107,12 @@ def copy_trained_teacher(path: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(TRAINED_TEACHER, partial)
     partial.rename(path)
+
+
+def is_trained_teacher(path: Path) -> bool:
+    """Return whether a directory holds the teacher that comes with the source."""
+    weights = path / "model.safetensors"
+    return weights.exists() and filecmp.cmp(weights, TRAINED_TEACHER / "model.safetensors", shallow=False)
 
 
 def training_texts(*, seed: int) -> Sequence[str]:

@@ -17,11 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from launch.demo.digits import generate_digit_vqa
-from launch.demo.make_models import STUDENTS, TEACHER, TEACHER_STEPS, copy_trained_teacher, train_model
+from launch.demo.make_models import (
+    STUDENTS,
+    TEACHER,
+    TEACHER_STEPS,
+    copy_trained_teacher,
+    is_trained_teacher,
+    train_model,
+)
 from launch.logs import setup_logging
 from launch.pipeline import run_pipeline, timed
 from launch.processes import FATE_SHARED, end_with_parent
 from launch.run_config import RunConfig, validated, write_run_config
+from teacher_cache.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +100,11 @@ def make_inputs(output_dir: Path, *, size: DemoSize, train_teacher: bool) -> Non
     teacher = output_dir / "teacher"
     if not train_teacher:
         copy_trained_teacher(teacher)
+    elif is_trained_teacher(teacher):
+        raise ConfigError(
+            f"{output_dir} was made with the teacher that comes with the source, so its cache is of no other: "
+            "train another teacher in another folder (--output) or remove this one (make clean)"
+        )
     elif not teacher.exists():
         with timed(output_dir, step="train the teacher"):
             train_model(

@@ -7,9 +7,16 @@ from transformers import AutoModelForImageTextToText
 from distill.evaluate import EvaluationSettings, evaluate_model
 from launch.demo.digits import generate_digit_vqa, score, split_digits
 from launch.demo.make_models import STUDENTS, TEACHER, TRAINED_TEACHER, copy_trained_teacher, train_model
-from launch.demo.supervised import CHECKPOINT_INTERVAL_STEPS, SupervisedPlan, train_supervised
+from launch.demo.run import QUICK, make_inputs
+from launch.demo.supervised import (
+    CHECKPOINT_INTERVAL_STEPS,
+    HalfPrecisionTrainer,
+    SupervisedPlan,
+    train_supervised,
+)
 from teacher_cache.chat import load_processor
 from teacher_cache.config import DataConfig
+from teacher_cache.errors import ConfigError
 
 
 def test_the_trained_teacher_answers_nine_in_ten_questions_about_unseen_digits(tmp_path: Path) -> None:
@@ -36,6 +43,13 @@ def test_the_trained_teacher_is_of_the_spec_that_would_be_trained(tmp_path: Path
     assert shapes[0] == shapes[1]
     vocabularies = [load_processor(str(path)).tokenizer.get_vocab() for path in (TRAINED_TEACHER, tmp_path / "fresh")]
     assert vocabularies[0] == vocabularies[1]
+
+
+def test_a_folder_with_the_teacher_from_the_source_trains_no_other(tmp_path: Path) -> None:
+    generate_digit_vqa(tmp_path / "data", num_train=1, num_test=1, seed=1)
+    copy_trained_teacher(tmp_path / "teacher")
+    with pytest.raises(ConfigError, match="in another folder"):
+        make_inputs(tmp_path, size=QUICK, train_teacher=True)
 
 
 @pytest.mark.parametrize("student", STUDENTS)
@@ -70,7 +84,6 @@ def test_a_run_continued_from_its_checkpoint_gives_the_same_weights(
         return losses, model.state_dict()
 
     unbroken_losses, unbroken = run(tmp_path / "unbroken.safetensors")
-    from launch.demo.supervised import HalfPrecisionTrainer
 
     class Killed(Exception):
         pass
