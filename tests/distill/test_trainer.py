@@ -19,6 +19,8 @@ from distill.trainer import train_student
 from teacher_cache.chat import load_processor
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import ConfigError, GenrecalError
+from teacher_cache.reader import TeacherCache
+from teacher_cache.schema import TeacherHead
 from tests.distill.small_cache import build_small_cache, write_data
 from tests.distill.small_runs import STAGE, continue_align, numbers, read_metrics, student_config, train_config
 
@@ -172,7 +174,7 @@ def interrupt_after(path: Path, *, lines: int) -> None:
 
 
 def test_resume_after_sigterm_is_bit_identical(cache: CacheConfig, tiny_internvl: Path, tmp_path: Path) -> None:
-    student, train = student_config(tiny_internvl), train_config(align=STAGE | {"max_steps": 12})
+    student, train = student_config(tiny_internvl), train_config(align=STAGE | {"max_steps": 80, "learning_rate": 1e-2})
     whole, halted = tmp_path / "whole", tmp_path / "halted"
     train_student(cache=cache, student=student, train=train, output_dir=whole, stages=["align"])
     interrupt_after(halted / "training/tiny/align/metrics.jsonl", lines=3)
@@ -203,3 +205,35 @@ def test_learning_rate_is_linear_between_its_ends() -> None:
     assert rates[-1] == pytest.approx(1e-5)
     steps = [a - b for a, b in itertools.pairwise(rates[2:])]
     assert steps == pytest.approx([steps[0]] * len(steps))
+
+
+def test_all_stages_train_where_the_teacher_is_gone(cache: CacheConfig, tiny_internvl: Path, tmp_path: Path) -> None:
+    """The cache is all that is read: a path to nowhere stands in for the teacher."""
+    gone = cache.teacher.model_copy(update={"model": str(tmp_path / "nowhere")})
+    train_student(
+        cache=cache.model_copy(update={"teacher": gone}),
+        student=student_config(tiny_internvl),
+        train=train_config(),
+        output_dir=tmp_path,
+    )
+    assert (tmp_path / "students" / "tiny" / "config.json").exists()
+
+
+def test_tier_l_alone_trains_a_student_without_the_teachers_head(
+    cache: CacheConfig, tiny_qwen2_vl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_head(self: TeacherCache) -> TeacherHead:
+        raise AssertionError("the teacher's head was read")
+
+    monkeypatch.setattr(TeacherCache, "teacher_head", no_head)
+    divergence = {}
+    for method in ("kd", "sft"):
+        folder = tmp_path / method
+        settings = train_config(distill=STAGE | {"max_steps": 80, "learning_rate": 1e-2})
+        student = student_config(tiny_qwen2_vl, method=method)
+        train_student(cache=cache, student=student, train=settings, output_dir=folder, stages=("distill",))
+        trained = student_config(folder / "training" / "tiny" / "distill" / "export", method="kd")
+        measured = folder / "measured"  # the first record is from before the first update
+        train_student(cache=cache, student=trained, train=train_config(), output_dir=measured, stages=("distill",))
+        divergence[method] = read_metrics(measured, "distill")[0]["train/topk_kl_loss"]
+    assert divergence["kd"] < 0.95 * divergence["sft"]
