@@ -19,7 +19,7 @@ from launch.logs import setup_logging
 from launch.processes import run_process, trainer_environment
 from launch.run_config import RunConfig, load_run_config, split_config_path, write_run_config
 from launch.train_commands import evaluate_run
-from teacher_cache.errors import GenrecalError
+from teacher_cache.errors import ConfigError, GenrecalError
 
 logger = logging.getLogger(__name__)
 
@@ -45,32 +45,34 @@ def run_command(argv: Sequence[str]) -> int:
 
 
 def run_pipeline(*configs: RunConfig) -> None:
-    """Build, train, evaluate and report; several run files must share the output folder, and get one report.
+    """Build, train, evaluate and report; several run files must share folder and cache, and get one report.
 
     Raises:
+        ConfigError: The run files differ in ``output_dir`` or ``cache``.
         GenrecalError: A step failed; its own message says how to go on.
     """
-    steps = [step for config in configs for step in _steps(config)]
-    output_dir = Path(configs[0].output_dir)
+    first = configs[0]
+    if any((config.output_dir, config.cache) != (first.output_dir, first.cache) for config in configs):
+        raise ConfigError("run files that run together must have the same `output_dir` and `cache`; run them singly")
+    output_dir = Path(first.output_dir)
+    steps = [Step(name="cache", action=partial(build, first))]
+    steps += [step for config in configs for step in _student_steps(config)]
     if any(config.evaluation is not None for config in configs):
         steps.append(Step(name="report", action=partial(report, output_dir)))
-    # run files that share a cache build it once
-    steps = [step for index, step in enumerate(steps) if step.name not in {s.name for s in steps[:index]}]
     for number, step in enumerate(steps, start=1):
         logger.info("step %d of %d: %s", number, len(steps), step.name)
         with timed(output_dir, step=step.name) as timing:
             timing.counts = step.action()
 
 
-def _steps(config: RunConfig) -> list[Step]:
+def _student_steps(config: RunConfig) -> list[Step]:
     names = "+".join(student.name for student in config.students)
     run_file = Path(config.output_dir) / "run-files" / f"{config.students[0].name}.yaml"
     write_run_config(config, run_file, header=f"Everything that decided the run of {names}; loads to the same run.")
-    training = [
+    steps = [
         Step(name=f"train {student.name}", action=partial(train, config, student, run_file=run_file))
         for student in config.students
     ]
-    steps = [Step(name="cache", action=partial(build, config)), *training]
     if config.evaluation is not None:
         steps.append(Step(name=f"evaluate {names}", action=partial(evaluate, config)))
     return steps

@@ -17,12 +17,15 @@ PR_SET_PDEATHSIG = 1
 
 def under_launcher() -> bool:
     """Return True when deepspeed, torchrun or srun started this process (even with variables missing)."""
-    return any(name in os.environ for name in LAUNCHER_VARIABLES)
+    by_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return by_srun or any(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
-def is_first_process() -> bool:
-    """Return True in the process whose lines belong on the console: rank 0, or one that runs alone."""
-    return os.environ.get("RANK", "0") == "0"
+def process_rank() -> int:
+    """Return the rank that the launcher gave this process; 0 where it runs alone. Rank 0 owns the console."""
+    if "RANK" in os.environ or not under_launcher():
+        return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("SLURM_PROCID", "0"))
 
 
 def trainer_environment(*, num_processes: int) -> dict[str, str]:

@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from distill.config import STAGES
 from launch.logs import setup_logging
-from launch.processes import end_with_parent, is_first_process, run_trainers, under_launcher
+from launch.processes import end_with_parent, process_rank, run_trainers, under_launcher
 from launch.results import Evaluated, collect_results, evaluated_models
 from launch.run_config import EvaluationConfig, RunConfig, load_run_config, split_config_path
 from teacher_cache.config import DataConfig
@@ -40,8 +39,9 @@ def train_command(argv: Sequence[str]) -> int:
         command = [sys.executable, "-m", "launch.cli", "train", *argv]
         log_dir = output_dir / "logs" / f"train-{student.name}-ranks"
         return run_trainers(command, num_processes=config.train.num_processes, log_dir=log_dir)
-    rank = "" if is_first_process() else f"-rank{os.environ['RANK']}"
-    setup_logging(output_dir / "logs" / f"train-{student.name}{rank}.log", console=is_first_process())
+    rank = process_rank()
+    log_name = f"train-{student.name}" + (f"-rank{rank}" if rank else "")
+    setup_logging(output_dir / "logs" / f"{log_name}.log", console=rank == 0)
     from distill.trainer import train_student
 
     stages = None if options.stage is None else (options.stage,)

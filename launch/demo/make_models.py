@@ -4,6 +4,7 @@ import filecmp
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launch.demo.digits import FAMILIES, random_conversation, split_digits
@@ -26,35 +27,23 @@ TEACHER = ModelSpec(
 )
 """One image token per digit; 0.9 M parameters."""
 
+INTERNVL = ModelSpec(
+    family="internvl",
+    tokenizer="unigram",
+    vocab_size=320,
+    hidden_size=96,
+    intermediate_size=256,
+    num_layers=2,
+    num_heads=3,
+    num_kv_heads=3,
+    vision_hidden=64,
+    patch_size=5,
+    tile_size=40,
+    initializer_range=0.06,
+)
 STUDENTS = {
-    "internvl": ModelSpec(
-        family="internvl",
-        tokenizer="unigram",
-        vocab_size=320,
-        hidden_size=96,
-        intermediate_size=256,
-        num_layers=2,
-        num_heads=3,
-        num_kv_heads=3,
-        vision_hidden=64,
-        patch_size=5,
-        tile_size=40,
-        initializer_range=0.06,
-    ),
-    "llava": ModelSpec(
-        family="llava",
-        tokenizer="metaspace-bpe",
-        vocab_size=400,
-        hidden_size=96,
-        intermediate_size=256,
-        num_layers=2,
-        num_heads=3,
-        num_kv_heads=3,
-        vision_hidden=64,
-        patch_size=10,
-        tile_size=40,
-        initializer_range=0.06,
-    ),
+    "internvl": INTERNVL,
+    "llava": replace(INTERNVL, family="llava", tokenizer="metaspace-bpe", vocab_size=400, patch_size=10),
 }
 """Sixteen image tokens each, another tokenizer type and vocabulary than the teacher's; about a third of its size."""
 

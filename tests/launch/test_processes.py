@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.pipeline import timed
-from launch.processes import run_process, trainer_environment, under_launcher
+from launch.pipeline import run_pipeline, timed
+from launch.processes import process_rank, run_process, trainer_environment, under_launcher
+from launch.run_config import RunConfig
+from teacher_cache.errors import ConfigError
 
 
 def test_exit_codes_pass_through() -> None:
@@ -53,6 +55,26 @@ def test_a_partial_launch_environment_counts_as_launched(monkeypatch: pytest.Mon
     assert not under_launcher()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert under_launcher()
+
+
+def test_srun_counts_as_a_launcher_and_gives_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a batch script's own shell: nothing is launched yet
+    assert (under_launcher(), process_rank()) == (False, 0)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert (under_launcher(), process_rank()) == (True, 3)
+
+
+def test_run_files_of_different_caches_do_not_run_together(tmp_path: Path) -> None:
+    def run_file(cache: str) -> RunConfig:
+        values = {"uri": cache, "teacher": {"model": "t"}, "data": {"path": "d.parquet"}}
+        students = [{"name": "s", "model": "m"}]
+        return RunConfig.model_validate({"output_dir": str(tmp_path), "cache": values, "students": students})
+
+    with pytest.raises(ConfigError, match="same `output_dir` and `cache`"):
+        run_pipeline(run_file("a"), run_file("b"))
 
 
 def test_timings_add_up_over_runs_and_survive_a_failure(tmp_path: Path) -> None:
