@@ -252,7 +252,8 @@ def _shuffled_pass(turns: Sequence[Sequence[Turn]], plan: JointSequence) -> Shuf
 
 
 def _topk_targets(samples: Sequence[JoinedSample]) -> TopkTargets:
+    targets = [_targets(sample) for sample in samples]
     return TopkTargets(
-        ids=torch.cat([_targets(sample).topk_ids for sample in samples]).long(),
-        logprobs=torch.cat([_targets(sample).topk_logprobs for sample in samples]),
+        ids=torch.cat([target.topk_ids for target in targets if target.topk_ids is not None]).long(),
+        logprobs=torch.cat([target.topk_logprobs for target in targets if target.topk_logprobs is not None]),
     )

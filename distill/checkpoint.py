@@ -19,7 +19,7 @@ from distill.processes import Processes
 from teacher_cache.documents import decode_document, encode_document
 from teacher_cache.errors import CacheCorrupt, CheckpointError
 from teacher_cache.manifest import identity_differences
-from teacher_cache.storage import FileDigest, digest_file, remove, sync_folder, sync_tree
+from teacher_cache.durable_files import FileDigest, digest_file, remove, sync_folder, sync_tree
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def _commit(tag: Path, *, step: int, identity: dict[str, Any]) -> None:
-    digests = {name: [digest.size_bytes, digest.sha256] for name, digest in sync_tree(tag).items()}
+    digests = {name: [digest.size_bytes, digest.blake3] for name, digest in sync_tree(tag).items()}
     sync_folder(tag.parent)
     write_durably(tag / RECORD, encode_document({"step": step, "identity": identity, "files": digests}))
 
@@ -115,7 +115,7 @@ def _read(tag: Path) -> Checkpoint | None:
         body = json.loads(decode_document((tag / RECORD).read_bytes(), where=str(tag / RECORD)))
     except CacheCorrupt:
         return None
-    files = {name: FileDigest(size_bytes=size, sha256=sha256) for name, (size, sha256) in body["files"].items()}
+    files = {name: FileDigest(size_bytes=size, blake3=blake3) for name, (size, blake3) in body["files"].items()}
     return Checkpoint(directory=tag, step=body["step"], identity=body["identity"], files=files)
 
 

@@ -181,15 +181,14 @@ class JoinedData:
 def join_cache(
     cache: TeacherCache, data: SampleSet, *, encoder: StudentEncoder, spec: StageSpec, max_samples: int | None
 ) -> JoinedData:
-    """Join a cache with the data file it was built from.
+    """Join a cache with the data file it was built from, or with a part of it.
 
     Raises:
-        CacheMismatch: A cached sample is not in the data or has other content there, or a sample is not cached.
+        CacheMismatch: A cached sample has other content in the data, or a sample is not cached.
     """
     samples = {sample.sample_id: sample for sample in data.samples}
-    for sample_id in cache.sample_ids:
-        if sample_id not in samples:
-            raise CacheMismatch(f"sample {sample_id} is cached but not in the data: train on the data that was cached")
+    cached = [sample_id for sample_id in cache.sample_ids if sample_id in samples]
+    for sample_id in cached:
         if cache.sample_digest(sample_id) != samples[sample_id].digest:
             raise CacheMismatch(
                 f"sample {sample_id} has digest {samples[sample_id].digest} in the data, "
@@ -201,7 +200,7 @@ def join_cache(
         raise CacheMismatch(
             f"{len(uncached)} samples are not in the cache, first {uncached[0]}: build the cache for them"
         )
-    sample_ids = cache.sample_ids[:max_samples]
+    sample_ids = tuple(cached[:max_samples])
     return JoinedData(cache=cache, samples=samples, sample_ids=sample_ids, encoder=encoder, spec=spec)
 
 

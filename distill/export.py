@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distill.engine import Engine
 from distill.processes import Processes
-from teacher_cache.storage import remove, sync_tree
+from teacher_cache.durable_files import remove, sync_tree
 
 SHARD_BYTES = 4 * 2**30
 PROCESSOR_FILES = (

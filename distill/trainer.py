@@ -29,7 +29,7 @@ from teacher_cache.documents import encode_document, parse_document
 from teacher_cache.errors import ConfigError
 from teacher_cache.manifest import fingerprint
 from teacher_cache.samples import SampleSet, read_samples
-from teacher_cache.storage import remove
+from teacher_cache.durable_files import remove
 from teacher_cache.teacher_checkpoint import digest_files, weight_files
 
 logger = logging.getLogger(__name__)
@@ -200,8 +200,8 @@ def _set_up(job: Job, stage: Stage) -> StageRun:
         "seed": train.seed,
         "backend": train.backend,
         "world_size": job.processes.world_size,
-        "cache": job.cache.fingerprint,
-        "samples": fingerprint({"sample_ids": list(data.sample_ids)}),
+        "cache": job.cache.targets_fingerprint,
+        "samples": fingerprint({id_: job.cache.sample_digest(id_) for id_ in data.sample_ids}),
         "initial_weights": initial_weights,
     }
     return StageRun(

@@ -57,7 +57,7 @@ def inspect_command(argv: Sequence[str]) -> int:
 def verify_command(argv: Sequence[str]) -> int:
     """Check every stored byte; exit 4 when something is damaged or extra, 3 while shards are not built."""
     options = _parser("verify").parse_args(argv)
-    from teacher_cache.inspect import verify_cache
+    from teacher_cache.verify import verify_cache
 
     report = verify_cache(options.uri)
     print(json.dumps(dataclasses.asdict(report), indent=2, default=str))

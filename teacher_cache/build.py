@@ -20,27 +20,30 @@ from typing import Any
 
 from teacher_cache.build_job import BuildJob, BuildSummary, StopRequest, stop_on_signals
 from teacher_cache.build_plan import open_builder
+from teacher_cache.claims import Claims
 from teacher_cache.config import BuildConfig, CacheConfig
 from teacher_cache.errors import CacheError, CacheIncomplete, ConfigError, GenrecalError, TeacherError
-from teacher_cache.manifest import PlannedShard
+from teacher_cache.plan import PlannedShard
 from teacher_cache.progress import Progress, progress
 from teacher_cache.reader import open_cache
 from teacher_cache.samples import read_samples
 from teacher_cache.schema import Sample
 from teacher_cache.shard_worker import ShardReport, ShardWorker
-from teacher_cache.storage import local_root
+from teacher_cache.storage import log_folder
 from teacher_cache.vllm_teacher import engine_environment
 from teacher_cache.writer import CacheWriter
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
+LOOKS_PER_LEASE = 10
+"""How often per lease a shard that another builder has claimed is looked at."""
 
 
 def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSummary:
     """Build a cache, or what is missing of it.
 
-    Engine logs and ``cache-build.metrics.jsonl`` go to ``log_dir``, by default a folder beside the cache.
+    Engine logs and ``cache-build.metrics.jsonl`` go to ``log_dir``, by default a folder beside a local cache.
 
     Raises:
         DataError: More samples are bad than ``max_skipped_samples``.
@@ -49,8 +52,7 @@ def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSum
         TeacherError: The teacher does not start, or no shard at all can be computed.
     """
     started = time.monotonic()
-    root = local_root(config.uri)
-    log_dir = log_dir or root.parent / f"{root.name}-logs"
+    log_dir = log_dir or log_folder(config.uri)
     log_dir.mkdir(parents=True, exist_ok=True)
     samples = read_samples(config.data)
     writer = open_builder(config, samples)
@@ -62,20 +64,23 @@ def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSum
         log_dir=log_dir,
     )
     job.check_budget()
-    if missing := writer.missing_shards():
-        with stop_on_signals() as stop, _ray_session(config.build) as ray:
+    if missing := job.missing_shards():
+        claims = Claims(writer.store, lease_s=config.build.lease_s)
+        with stop_on_signals() as stop, _ray_session(config.build) as ray, claims:
             stop.install()
-            _Pool(job, stop=stop, ray=ray).run(missing)
+            _Pool(job, stop=stop, ray=ray, claims=claims).run(missing)
+    writer.complete()
     return job.finish(seconds=time.monotonic() - started)
 
 
 class _Pool:
     """Hands out shards to ``num_replicas`` actors until all are built or given up."""
 
-    def __init__(self, job: BuildJob, *, stop: StopRequest, ray: ModuleType) -> None:
+    def __init__(self, job: BuildJob, *, stop: StopRequest, ray: ModuleType, claims: Claims) -> None:
         self.job = job
         self.stop = stop
         self.ray = ray
+        self.claims = claims
         self.actor_class = ray.remote(_Actor).options(
             max_restarts=0, max_task_retries=0, **_actor_options(job.config, available=ray.cluster_resources())
         )
@@ -84,6 +89,8 @@ class _Pool:
         self.queue: deque[PlannedShard] = deque()
         self.idle: list[Any] = []
         self.running: dict[Any, tuple[Any, PlannedShard]] = {}
+        self.look_again: dict[str, float] = {}
+        self.next_look = 0.0
         self.started = time.monotonic()
 
     def run(self, missing: Sequence[PlannedShard]) -> None:
@@ -100,6 +107,10 @@ class _Pool:
                 while self.queue or self.running:
                     self.stop.check(self.job)
                     self._hand_out()
+                    bar.update(self._drop_committed())
+                    if not self.running:
+                        time.sleep(POLL_S)  # all that is left is claimed by other builders
+                        continue
                     done, _ = self.ray.wait(list(self.running), timeout=POLL_S)
                     for reference in done:
                         self._collect(reference, bar)
@@ -118,11 +129,34 @@ class _Pool:
         return self.actor_class.remote(self.job.config, self.job.writer, self.job.log_dir)
 
     def _hand_out(self) -> None:
-        while self.queue and self.idle:
-            actor, shard = self.idle.pop(), self.queue.popleft()
+        while self.idle and (shard := self._take_shard()) is not None:
+            actor = self.idle.pop()
             self.attempts[shard.shard_id] += 1
             samples = [self.job.samples[sample_id] for sample_id in shard.sample_ids]
             self.running[actor.build.remote(shard.shard_id, samples)] = (actor, shard)
+
+    def _take_shard(self) -> PlannedShard | None:
+        """Take the next shard that no other builder has claimed; one that is claimed is looked at again later."""
+        for _ in range(len(self.queue)):
+            shard = self.queue.popleft()
+            if time.monotonic() >= self.look_again.get(shard.shard_id, 0.0):
+                if self.claims.take(shard.shard_id):
+                    return shard
+                self.look_again[shard.shard_id] = time.monotonic() + self.job.config.build.lease_s / LOOKS_PER_LEASE
+            self.queue.append(shard)
+        return None
+
+    def _drop_committed(self) -> int:
+        """Forget the shards that other builders have committed; return their number."""
+        waiting = [shard for shard in self.queue if shard.shard_id in self.look_again]
+        if not waiting or time.monotonic() < self.next_look:
+            return 0
+        self.next_look = time.monotonic() + self.job.config.build.lease_s / LOOKS_PER_LEASE
+        missing = {shard.shard_id for shard in self.job.writer.missing_shards()}
+        done = [shard for shard in waiting if shard.shard_id not in missing]
+        for shard in done:
+            self.queue.remove(shard)
+        return len(done)
 
     def _collect(self, reference: Any, bar: Progress) -> None:
         actor, shard = self.running.pop(reference)
@@ -134,6 +168,7 @@ class _Pool:
             self.idle.append(self._new_actor())
             return
         self.idle.append(actor)
+        self.claims.release(shard.shard_id)
         self.job.take_in(report)
         rate = sum(report.tokens for report in self.job.reports) / (time.monotonic() - self.started)
         bar.update(1, tokens_per_s=round(rate), skipped=len(self.job.skipped))
@@ -153,6 +188,7 @@ class _Pool:
                 f"{error}. Engine logs are in {self.job.log_dir}"
             ) from error
         else:
+            self.claims.release(shard.shard_id)
             self.failures[shard.shard_id] = error
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import signal
 import threading
 import time
@@ -15,11 +16,14 @@ from typing import Any
 from teacher_cache.build_plan import engine_version
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import CacheIncomplete
+from teacher_cache.plan import PlannedShard
 from teacher_cache.reader import open_cache
 from teacher_cache.samples import check_skip_budget
 from teacher_cache.schema import Sample, SkippedSample
 from teacher_cache.shard_worker import ShardReport
 from teacher_cache.writer import CacheWriter
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "cache-build.metrics.jsonl"
 
@@ -55,6 +59,15 @@ class BuildJob:
     log_dir: Path
     reports: list[ShardReport] = field(default_factory=list)
 
+    def missing_shards(self) -> list[PlannedShard]:
+        """Return the shards to build: all that are missing and whose samples this run has."""
+        missing = self.writer.missing_shards()
+        own = [shard for shard in missing if all(sample_id in self.samples for sample_id in shard.sample_ids)]
+        if len(own) < len(missing):
+            others = len(missing) - len(own)
+            logger.warning("%d missing shard(s) of %s hold samples of other runs", others, self.config.uri)
+        return own
+
     def take_in(self, report: ShardReport) -> None:
         """Count a committed shard.
 
@@ -80,7 +93,7 @@ class BuildJob:
             uri=self.config.uri,
             engine=engine,
             engine_version=engine_version(engine),
-            shards=len(cache.provenance["shards"]),
+            shards=len(cache.shard_ids),
             shards_built=len(self.reports),
             samples=len(cache.sample_ids),
             skipped=tuple(self.skipped),

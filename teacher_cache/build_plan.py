@@ -1,16 +1,16 @@
 """What a build has to do: the identity of its cache, the shards, and which samples keep their question rows."""
 
-import hashlib
 import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import CacheNotFound
-from teacher_cache.manifest import PlannedShard
-from teacher_cache.reader import open_cache
+from teacher_cache.manifest import read_manifest
+from teacher_cache.plan import Plan, PlannedShard, read_plan
 from teacher_cache.samples import SampleSet
 from teacher_cache.schema import Sample
+from teacher_cache.storage import open_store
 from teacher_cache.teacher_checkpoint import load_teacher_head, processing_identity, teacher_identity
 from teacher_cache.writer import CacheWriter, create_or_open_builder
 
@@ -26,18 +26,29 @@ def open_builder(config: CacheConfig, samples: SampleSet) -> CacheWriter:
     Raises:
         CacheMismatch: It was built from other content.
     """
-    head = None if _exists(config.uri) else load_teacher_head(config.teacher)
+    stored = _stored_plan(config.uri)
+    known = {} if stored is None else stored.digests()
+    new = [sample for sample in samples.samples if sample.sample_id not in known]
+    old = [sample for sample in samples.samples if sample.sample_id in known]
+    size = config.samples_per_shard
     return create_or_open_builder(
         config.uri,
-        identity=cache_identity(config, samples.samples),
-        plan=plan_shards(samples.samples, samples_per_shard=config.samples_per_shard),
+        identity=cache_identity(config),
+        plan=[
+            *plan_shards(old, samples_per_shard=size, prefix="stored"),
+            *plan_shards(new, samples_per_shard=size, first=0 if stored is None else len(stored.shards)),
+        ],
         provenance=_provenance(config, samples),
-        head=head,
+        head=load_teacher_head(config.teacher) if stored is None else None,
+        codec=config.targets.codec,
+        compression=config.build.compression,
+        sharing=config.build.sharing,
+        extend=config.build.extend,
     )
 
 
-def cache_identity(config: CacheConfig, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Return everything that decides the cache's content. Engine, replicas and shard sizes do not."""
+def cache_identity(config: CacheConfig) -> dict[str, Any]:
+    """Return all that decides a sample's targets beside the sample. Engine, replicas and shard sizes do not."""
     return {
         "teacher": teacher_identity(config.teacher),
         "processing": {
@@ -45,24 +56,23 @@ def cache_identity(config: CacheConfig, samples: Sequence[Sample]) -> dict[str, 
             "max_length": config.data.max_length,
             "spans_version": SPANS_VERSION,
         },
-        "data": {"samples": len(samples), "digest": data_digest(samples)},
         "targets": {"question_fraction": config.targets.question_fraction, "topk": config.targets.topk},
         "tap": TAP,
     }
 
 
-def data_digest(samples: Sequence[Sample]) -> str:
-    """Return the SHA-256 (hex) over ids and content digests, whatever the order of the samples."""
-    lines = sorted(f"{sample.sample_id}\0{sample.digest}\n" for sample in samples)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def plan_shards(samples: Sequence[Sample], *, samples_per_shard: int) -> list[PlannedShard]:
-    """Group consecutive samples into shards."""
+def plan_shards(
+    samples: Sequence[Sample], *, samples_per_shard: int, first: int = 0, prefix: str = "shard"
+) -> list[PlannedShard]:
+    """Group consecutive samples into shards, numbered from ``first`` on."""
     groups = [samples[start : start + samples_per_shard] for start in range(0, len(samples), samples_per_shard)]
     return [
-        PlannedShard(shard_id=f"shard-{index:06}", sample_ids=tuple(sample.sample_id for sample in group))
-        for index, group in enumerate(groups)
+        PlannedShard(
+            shard_id=f"{prefix}-{index:06}",
+            sample_ids=tuple(sample.sample_id for sample in group),
+            sample_digests=tuple(sample.digest for sample in group),
+        )
+        for index, group in enumerate(groups, start=first)
     ]
 
 
@@ -81,12 +91,12 @@ def engine_version(engine: str) -> str:
     return "unknown"
 
 
-def _exists(uri: str) -> bool:
+def _stored_plan(uri: str) -> Plan | None:
+    store = open_store(uri)
     try:
-        open_cache(uri, allow_incomplete=True)
+        return read_plan(store, read_manifest(store))
     except CacheNotFound:
-        return False
-    return True
+        return None
 
 
 def _provenance(config: CacheConfig, samples: SampleSet) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Targets as arrays: bfloat16 bits, the checks before storing, the teacher head.
+"""Targets as arrays: bfloat16 bits, 8-bit rows, the checks before storing, the teacher head.
 
-Stored arrays are little-endian and exact: float32 and float16 as they are, bfloat16 as its 16 bits.
+Stored arrays are little-endian. With the exact codec, hidden states are stored bit for bit: float32 and float16 as
+they are, bfloat16 as its 16 bits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,15 +12,18 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from teacher_cache.config import Dtype
+from teacher_cache.config import Compression, Dtype, RowCodec
 from teacher_cache.errors import CacheCorrupt, TeacherError
-from teacher_cache.schema import Span, TeacherHead, TeacherTargets
+from teacher_cache.row_codec import dequantize_rows, quantize_rows
+from teacher_cache.schema import Span, TeacherHead, TeacherTargets, Tier
 
 Axis = Literal["tokens", "turns", "tier_a", "tier_q", "answer_tokens"]
 AXES: tuple[Axis, ...] = get_args(Axis)
+HIDDEN = ("hidden_states", "question_hidden_states")
+SCALES = ("hidden_scales", "question_hidden_scales")
 DTYPES: dict[Dtype, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 
 
@@ -28,18 +32,23 @@ class Layout:
     """Sizes and types that all samples of a shard share."""
 
     dtype: Dtype
-    """Element type of the hidden states."""
+    """Element type of the hidden states as they are read."""
+    codec: RowCodec
+    compression: Compression
     hidden_size: int
     topk: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """One stored array: its ragged axis, stored element type, and the shape of one row."""
+    """One stored array: its tier, ragged axis, stored element type, and the shape of one row."""
 
+    tier: Tier
     axis: Axis
     dtype: np.dtype
     row_shape: tuple[int, ...]
+    float_type: str | None = None
+    """What the bits stand for where Zarr has no such type."""
 
     @property
     def row_bytes(self) -> int:
@@ -49,33 +58,57 @@ class Field:
 
 def stored_fields(layout: Layout) -> dict[str, Field]:
     """Return every ragged array of a shard, by name."""
-    hidden = np.dtype("<u2" if layout.dtype == "bfloat16" else {"float16": "<f2", "float32": "<f4"}[layout.dtype])
     int32, float32 = np.dtype("<i4"), np.dtype("<f4")
-    return {
-        "token_ids": Field(axis="tokens", dtype=int32, row_shape=()),
-        "spans": Field(axis="turns", dtype=int32, row_shape=(2,)),
-        "hidden_states": Field(axis="tier_a", dtype=hidden, row_shape=(layout.hidden_size,)),
-        "question_hidden_states": Field(axis="tier_q", dtype=hidden, row_shape=(layout.hidden_size,)),
-        "topk_ids": Field(axis="answer_tokens", dtype=int32, row_shape=(layout.topk,)),
-        "topk_logprobs": Field(axis="answer_tokens", dtype=float32, row_shape=(layout.topk,)),
-        "logsumexp": Field(axis="answer_tokens", dtype=float32, row_shape=()),
-        "target_logprobs": Field(axis="answer_tokens", dtype=float32, row_shape=()),
+    fields = {
+        "token_ids": Field(tier="A", axis="tokens", dtype=int32, row_shape=()),
+        "spans": Field(tier="A", axis="turns", dtype=int32, row_shape=(2,)),
+        **_hidden_fields("hidden_states", tier="A", axis="tier_a", layout=layout),
+        **_hidden_fields("question_hidden_states", tier="Q", axis="tier_q", layout=layout),
+        "topk_ids": Field(tier="L", axis="answer_tokens", dtype=int32, row_shape=(layout.topk,)),
+        "topk_logprobs": Field(tier="L", axis="answer_tokens", dtype=float32, row_shape=(layout.topk,)),
+        "logsumexp": Field(tier="L", axis="answer_tokens", dtype=float32, row_shape=()),
+        "target_logprobs": Field(tier="L", axis="answer_tokens", dtype=float32, row_shape=()),
     }
+    return fields
 
 
-def layout_of(targets: TeacherTargets) -> Layout:
+def _hidden_fields(name: str, *, tier: Tier, axis: Axis, layout: Layout) -> dict[str, Field]:
+    shape = (layout.hidden_size,)
+    if layout.codec == "fp8":
+        codes = Field(tier=tier, axis=axis, dtype=np.dtype("u1"), row_shape=shape, float_type="float8_e4m3fn")
+        return {name: codes, scales_name(name): Field(tier=tier, axis=axis, dtype=np.dtype("<f4"), row_shape=())}
+    if layout.dtype == "bfloat16":
+        return {name: Field(tier=tier, axis=axis, dtype=np.dtype("<u2"), row_shape=shape, float_type="bfloat16")}
+    dtype = np.dtype({"float16": "<f2", "float32": "<f4"}[layout.dtype])
+    return {name: Field(tier=tier, axis=axis, dtype=dtype, row_shape=shape)}
+
+
+def scales_name(name: str) -> str:
+    """Return the array that holds the scales of 8-bit hidden states."""
+    return name.replace("hidden_states", "hidden_scales")
+
+
+def layout_of(targets: TeacherTargets, *, codec: RowCodec, compression: Compression) -> Layout:
     """Return the sizes and types of one sample.
 
     Raises:
-        TeacherError: the hidden states have a type or rank that is not stored.
+        TeacherError: the hidden states have a type or rank that is not stored, or tier L is absent.
     """
     dtype = str(targets.hidden_states.dtype).removeprefix("torch.")
-    if dtype not in DTYPES or targets.hidden_states.ndim != 2 or targets.topk_ids.ndim != 2:
+    topk_ids = targets.topk_ids
+    if dtype not in DTYPES or targets.hidden_states.ndim != 2 or topk_ids is None or topk_ids.ndim != 2:
         raise TeacherError(
             f"sample {targets.sample_id!r}: hidden_states is {dtype} of shape {tuple(targets.hidden_states.shape)} and "
-            f"topk_ids of shape {tuple(targets.topk_ids.shape)}; expected two axes each and one of {', '.join(DTYPES)}"
+            f"topk_ids of shape {None if topk_ids is None else tuple(topk_ids.shape)}; expected two axes each and one "
+            f"of {', '.join(DTYPES)}"
         )
-    return Layout(dtype=dtype, hidden_size=targets.hidden_states.shape[1], topk=targets.topk_ids.shape[1])
+    return Layout(
+        dtype=dtype,
+        codec=codec,
+        compression=compression,
+        hidden_size=targets.hidden_states.shape[1],
+        topk=topk_ids.shape[1],
+    )
 
 
 def axis_lengths(spans: tuple[Span, ...], *, num_tokens: int) -> dict[Axis, int]:
@@ -102,8 +135,11 @@ def encode_targets(targets: TeacherTargets, *, layout: Layout, vocab_size: int |
     lengths = axis_lengths(targets.spans, num_tokens=len(targets.token_ids))
     if targets.question_hidden_states is None:
         lengths["tier_q"] = 0
-    arrays = {}
-    for name, field in stored_fields(layout).items():
+    fields = stored_fields(layout)
+    arrays: dict[str, np.ndarray] = {}
+    for name, field in fields.items():
+        if name in SCALES:
+            continue
         tensor = _tensor(targets, name, layout)
         expected = (lengths[field.axis], *field.row_shape)
         if tuple(tensor.shape) != expected:
@@ -111,42 +147,53 @@ def encode_targets(targets: TeacherTargets, *, layout: Layout, vocab_size: int |
         _check_dtype(tensor, name=name, layout=layout, where=where)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise TeacherError(f"{where}: {name} holds NaN or infinity; the teacher's forward is broken for it")
-        arrays[name] = _to_array(tensor, field)
+        if name in HIDDEN and layout.codec == "fp8":
+            quantized = quantize_rows(tensor)
+            arrays[name] = quantized.codes.numpy()
+            arrays[scales_name(name)] = quantized.scales.numpy()
+        else:
+            arrays[name] = _to_array(tensor, field)
     _check_values(targets, vocab_size=vocab_size, where=where)
-    return arrays
+    return {name: arrays[name] for name in fields}
 
 
 def decode_targets(
-    sample_id: str, arrays: Mapping[str, np.ndarray], *, layout: Layout, has_question_rows: bool
+    sample_id: str,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    spans: tuple[Span, ...],
+    layout: Layout,
+    tiers: Collection[Tier],
+    has_question_rows: bool,
 ) -> TeacherTargets:
-    """Return the targets that :func:`encode_targets` stored; ids come back as int64."""
-    hidden = {name: _from_bits(arrays[name], layout) for name in ("hidden_states", "question_hidden_states")}
+    """Return the targets that :func:`encode_targets` stored, of some tiers; ids come back as int64."""
+    with_questions, with_logits = "Q" in tiers and has_question_rows, "L" in tiers
     return TeacherTargets(
         sample_id=sample_id,
-        token_ids=torch.from_numpy(arrays["token_ids"].astype(np.int64)),
-        spans=tuple(Span(int(start), int(stop)) for start, stop in arrays["spans"]),
-        hidden_states=hidden["hidden_states"],
-        question_hidden_states=hidden["question_hidden_states"] if has_question_rows else None,
-        topk_ids=torch.from_numpy(arrays["topk_ids"].astype(np.int64)),
-        topk_logprobs=torch.from_numpy(arrays["topk_logprobs"]),
-        logsumexp=torch.from_numpy(arrays["logsumexp"]),
-        target_logprobs=torch.from_numpy(arrays["target_logprobs"]),
+        token_ids=torch.from_numpy(arrays["token_ids"]).long(),
+        spans=spans,
+        hidden_states=_from_arrays(arrays, "hidden_states", layout),
+        question_hidden_states=_from_arrays(arrays, "question_hidden_states", layout) if with_questions else None,
+        topk_ids=torch.from_numpy(arrays["topk_ids"]).long() if with_logits else None,
+        topk_logprobs=torch.from_numpy(arrays["topk_logprobs"]) if with_logits else None,
+        logsumexp=torch.from_numpy(arrays["logsumexp"]) if with_logits else None,
+        target_logprobs=torch.from_numpy(arrays["target_logprobs"]) if with_logits else None,
     )
 
 
-def save_teacher_head(head: TeacherHead, path: Path) -> None:
-    """Write the teacher head as safetensors, its scalars in the metadata."""
+def encode_teacher_head(head: TeacherHead) -> bytes:
+    """Return the teacher head as safetensors, its scalars in the metadata."""
     tensors = {"weight": head.weight.contiguous()}
     if head.bias is not None:
         tensors["bias"] = head.bias.contiguous()
     metadata = {"logit_scale": repr(head.logit_scale)}
     if head.logit_softcap is not None:
         metadata["logit_softcap"] = repr(head.logit_softcap)
-    save_file(tensors, path, metadata=metadata)
+    return save(tensors, metadata=metadata)
 
 
 def load_teacher_head(path: Path) -> TeacherHead:
-    """Read what :func:`save_teacher_head` wrote.
+    """Map what :func:`encode_teacher_head` made into memory.
 
     Raises:
         CacheCorrupt: the file is no teacher head.
@@ -171,7 +218,10 @@ def _tensor(targets: TeacherTargets, name: str, layout: Layout) -> Tensor:
         return torch.tensor(targets.spans, dtype=torch.int64).reshape(-1, 2)
     if name == "question_hidden_states" and targets.question_hidden_states is None:
         return torch.empty(0, layout.hidden_size, dtype=DTYPES[layout.dtype])
-    return getattr(targets, name)
+    tensor: Tensor | None = getattr(targets, name)
+    if tensor is None:
+        raise TeacherError(f"sample {targets.sample_id!r}: {name} is absent; a cache stores it for every sample")
+    return tensor
 
 
 def _to_array(tensor: Tensor, field: Field) -> np.ndarray:
@@ -181,10 +231,11 @@ def _to_array(tensor: Tensor, field: Field) -> np.ndarray:
     return tensor.numpy().astype(field.dtype, copy=False)
 
 
-def _from_bits(array: np.ndarray, layout: Layout) -> Tensor:
-    if layout.dtype == "bfloat16":
-        return torch.from_numpy(array).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def _from_arrays(arrays: Mapping[str, np.ndarray], name: str, layout: Layout) -> Tensor:
+    stored = torch.from_numpy(arrays[name])
+    if layout.codec == "fp8":
+        return dequantize_rows(stored, torch.from_numpy(arrays[scales_name(name)]), dtype=DTYPES[layout.dtype])
+    return stored.view(torch.bfloat16) if layout.dtype == "bfloat16" else stored
 
 
 def _check_spans(spans: tuple[Span, ...], *, num_tokens: int, where: str) -> None:
@@ -202,7 +253,7 @@ def _check_spans(spans: tuple[Span, ...], *, num_tokens: int, where: str) -> Non
 
 def _check_dtype(tensor: Tensor, *, name: str, layout: Layout, where: str) -> None:
     expected: str
-    if name in ("hidden_states", "question_hidden_states"):
+    if name in HIDDEN:
         expected, good = layout.dtype, tensor.dtype == DTYPES[layout.dtype]
     elif name in ("token_ids", "spans", "topk_ids"):
         expected, good = "int32 or int64", tensor.dtype in (torch.int32, torch.int64)
@@ -220,9 +271,11 @@ def _check_values(targets: TeacherTargets, *, vocab_size: int | None, where: str
             raise TeacherError(
                 f"{where}: {name} ranges over {int(ids.min())}..{int(ids.max())}, expected 0..{limit - 1}"
             )
-    logprobs = targets.topk_logprobs
+    logprobs, followed = targets.topk_logprobs, targets.target_logprobs
+    assert logprobs is not None
+    assert followed is not None
     if bool((logprobs[:, 1:] > logprobs[:, :-1]).any()):
         raise TeacherError(f"{where}: topk_logprobs is not sorted, highest first")
-    highest = max(float(logprobs.max()), float(targets.target_logprobs.max()))
+    highest = max(float(logprobs.max()), float(followed.max()))
     if highest > 1e-3:
         raise TeacherError(f"{where}: a log-probability is {highest}; expected none above 0")

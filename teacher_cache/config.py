@@ -5,6 +5,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+RowCodec = Literal["exact", "fp8"]
+Compression = Literal["none", "zstd"]
+Sharing = Literal["private", "group"]
 
 
 class StrictConfig(BaseModel):
@@ -48,6 +51,9 @@ class TargetsConfig(StrictConfig):
     """Fraction of the samples whose question rows (tier Q, for the regularization loss) are stored."""
     topk: int = Field(default=64, gt=0)
     """Highest logits stored per supervised row (tier L)."""
+    codec: RowCodec = "exact"
+    """Hidden states bit for bit in the teacher's dtype, or as 8-bit floats (e4m3) with a scale per row: half the bytes,
+    at a cost in KL that is measured while writing and kept per shard."""
 
 
 class BuildConfig(StrictConfig):
@@ -69,13 +75,21 @@ class BuildConfig(StrictConfig):
     """Memory of the engine's key-value cache in GiB; by default the engine decides."""
     max_attempts: int = Field(default=3, gt=0)
     """Times that a shard is tried before the build gives up on it and exits 3."""
+    compression: Compression = "none"
+    """Lossless compression of new shards: none for a local disk, zstd where the store is slower than about 1 GB/s."""
+    extend: bool = False
+    """Add the samples that the cache does not hold yet to it; without this, a run with such samples is refused."""
+    sharing: Sharing = "private"
+    """Who may read a new cache folder beside its owner: nobody, or its group."""
+    lease_s: float = Field(default=300.0, gt=0)
+    """Seconds without a sign of life after which another builder may take over a claimed shard."""
 
 
 class CacheConfig(StrictConfig):
     """One teacher cache."""
 
     uri: str
-    """Where the cache lives: a local path (or file:// URI)."""
+    """Where the cache lives: a local path, file:///path, s3://bucket/prefix, gs://… or az://…."""
     teacher: TeacherConfig
     data: DataConfig
     targets: TargetsConfig = TargetsConfig()

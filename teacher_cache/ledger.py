@@ -1,131 +1,278 @@
-"""Commit records: one per shard, written once. What no record names is not in the cache.
+"""Commit records: what no standing record names is not in the cache.
 
-A record is JSON rather than Parquet: it carries its own digest, so every byte is checked before anything
-is parsed (Parquet's own checksums leave the footer out), and it can be read without a library.
+A record is a JSON document with its own digest, so every byte is checked before anything is parsed. Numbers per
+sample are kept as base64 of little-endian integers: a million samples open in about a second.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
+import base64
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int32, UInt32
 from pydantic import Field, JsonValue, model_validator
 
-from teacher_cache.codec import AXES, Axis, Layout
+from teacher_cache.codec import AXES, Axis, Layout, stored_fields
 from teacher_cache.documents import encode_document
-from teacher_cache.errors import CacheCorrupt
-from teacher_cache.manifest import Plan, PlannedShard, StoredModel, parse_model
-from teacher_cache.schema import SkippedSample
-from teacher_cache.storage import COMMITS, SHARDS, FileDigest, digest_bytes, read_committed
+from teacher_cache.durable_files import FileDigest, digest_bytes
+from teacher_cache.errors import CacheCorrupt, CacheError
+from teacher_cache.manifest import StoredModel, parse_model, read_document
+from teacher_cache.plan import Plan, PlannedShard
+from teacher_cache.row_codec import QuantizationCost
+from teacher_cache.schema import TIERS, SkippedSample, Span, Tier
+from teacher_cache.storage import Store
 
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-Checksum = Annotated[int, Field(ge=0, lt=2**32)]
+COMMITS: Final = "commits"
+SHARDS: Final = "shards"
+COUNTS: Final = ("num_tokens", "num_turns", "answer_tokens", "question_rows")
+"""Columns of the counts of a sample; ``question_rows`` is -1 where tier Q is not stored."""
+
+_PARALLEL_READS = 16
 
 
-class SampleTable(StoredModel):
-    """One row per stored sample, as columns. Row ranges are the running sums of the counts."""
+@dataclass(frozen=True, kw_only=True)
+class SampleRows:
+    """The stored samples of a shard, or of a cache: one row per sample, in planned order."""
 
-    sample_id: tuple[str, ...]
-    digest: tuple[str, ...]
-    num_tokens: tuple[Count, ...]
-    num_turns: tuple[Count, ...]
-    answer_tokens: tuple[Count, ...]
-    question_rows: tuple[Count | None, ...]
-    """None where tier Q is not stored."""
-    crc32: dict[str, tuple[Checksum, ...]]
-    """Per field, over the stored bytes of the sample's rows."""
+    counts: Int32[np.ndarray, "samples 4"]
+    spans: Int32[np.ndarray, "turns 2"]
+    """Answer spans of all samples, one after the other."""
+    crc32c: UInt32[np.ndarray, "samples arrays"]
+    """Over the stored bytes of the sample's rows, one column per array of the layout, in its order."""
 
-    @model_validator(mode="after")
-    def _require_equal_lengths(self) -> "SampleTable":
-        columns = [self.digest, self.num_tokens, self.num_turns, self.answer_tokens, self.question_rows]
-        if {len(column) for column in [*columns, *self.crc32.values()]} != {len(self.sample_id)}:
-            raise ValueError("columns of unequal length")
-        return self
-
-    def counts(self, axis: Axis) -> Int[np.ndarray, " samples"]:
+    def axis_counts(self, axis: Axis) -> Int[np.ndarray, " samples"]:
         """Return each sample's number of rows on one axis."""
-        columns: dict[Axis, Sequence[int]] = {
-            "tokens": self.num_tokens,
-            "turns": self.num_turns,
-            "tier_q": [rows or 0 for rows in self.question_rows],
-            "answer_tokens": self.answer_tokens,
-        }
-        if axis == "tier_a":
-            return self.counts("answer_tokens") + self.counts("turns")
-        return np.array(columns[axis], dtype=np.int64)
+        tokens, turns, answer, question = (self.counts[:, column].astype(np.int64) for column in range(len(COUNTS)))
+        return {
+            "tokens": tokens,
+            "turns": turns,
+            "tier_a": answer + turns,
+            "tier_q": np.maximum(question, 0),
+            "answer_tokens": answer,
+        }[axis]
 
+    @cached_property
     def offsets(self) -> "dict[Axis, Int[np.ndarray, ' samples+1']]":
-        """Return, per axis, the first row of each sample, and the total at the end."""
-        return {axis: np.concatenate([[0], np.cumsum(self.counts(axis))]).astype(np.int64) for axis in AXES}
+        """Per axis, the first row of each sample, and the total at the end."""
+        return {axis: np.concatenate([[0], np.cumsum(self.axis_counts(axis))]) for axis in AXES}
+
+    def spans_of(self, sample: int) -> tuple[Span, ...]:
+        """Return the answer spans of one sample."""
+        first, stop = self.offsets["turns"][sample : sample + 2]
+        return tuple(Span(start, end) for start, end in self.spans[first:stop].tolist())
+
+    def problem(self) -> str | None:
+        """Return what makes these numbers impossible, or None."""
+        tokens, turns, answer, question = self.counts.astype(np.int64).T
+        if (self.counts[:, :3] < 0).any() or int(turns.sum()) != len(self.spans):
+            return "a negative count, or spans that are not as many as the turns"
+        first = self.offsets["turns"]
+        sample = np.repeat(np.arange(len(turns)), turns)
+        starts, stops = self.spans.astype(np.int64).T
+        follows = np.concatenate([[0], stops[:-1]]) if len(stops) else stops
+        follows[first[:-1][turns > 0]] = 1
+        if (starts < np.maximum(follows, 1)).any() or (stops <= starts).any() or (stops > tokens[sample]).any():
+            return "answer spans out of order, empty, or beyond the sample's tokens"
+        if (np.bincount(sample, weights=stops - starts, minlength=len(turns)) != answer).any():
+            return "answer_tokens that differ from the spans"
+        if ((question != -1) & (question != tokens - answer - turns)).any():
+            return "question_rows that differ from the other tokens"
+        return None
 
 
-class CommitRecord(StoredModel):
-    """Everything that one committed shard holds."""
+class _Samples(StoredModel):
+    sample_id: tuple[str, ...]
+    counts: str
+    spans: str
+    crc32c: str
+
+
+class _Document(StoredModel):
+    """Content of commits/<shard_id>.<revision>.json."""
 
     shard_id: str
+    revision: int
     attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
-    """Nonce of the attempt that won; part of the folder's name."""
     fingerprint: str
+    withdrawn: str | None
     layout: Layout | None
-    """None in a shard whose samples were all skipped: it has no folder."""
-    samples: SampleTable
+    tiers: tuple[Tier, ...]
+    samples: _Samples
     skipped: tuple[SkippedSample, ...]
     files: dict[str, FileDigest]
-    """By path relative to the shard's folder."""
+    codec_cost: QuantizationCost | None
     provenance: dict[str, JsonValue]
 
     @model_validator(mode="after")
-    def _require_layout_iff_samples(self) -> "CommitRecord":
+    def _require_layout_iff_samples(self) -> "_Document":
         if bool(self.samples.sample_id) != (self.layout is not None):
             raise ValueError("samples and layout must be given together")
         return self
 
+
+@dataclass(frozen=True, kw_only=True)
+class CommitRecord:
+    """Everything that one committed shard holds."""
+
+    shard_id: str
+    attempt: str
+    """Nonce of the attempt that won, 32 hex digits; part of the folder's name."""
+    fingerprint: str
+    """Of the manifest."""
+    sample_ids: tuple[str, ...]
+    rows: SampleRows
+    skipped: tuple[SkippedSample, ...]
+    layout: Layout | None
+    """None in a shard whose samples were all skipped: it has no folder."""
+    files: dict[str, FileDigest]
+    """By path relative to the shard's folder."""
+    provenance: dict[str, JsonValue]
+    revision: int = 0
+    withdrawn: str | None = None
+    """Why the shard is to be built again; such a record holds no samples."""
+    tiers: tuple[Tier, ...] = TIERS
+    """Tiers whose files exist."""
+    codec_cost: QuantizationCost | None = None
+    """What 8-bit hidden states cost, measured while writing."""
+
     def encode(self) -> bytes:
         """Return the bytes of the record."""
-        return encode_document(self.model_dump(mode="json"))
+        samples = _Samples(
+            sample_id=self.sample_ids,
+            counts=_base64(self.rows.counts, "<i4"),
+            spans=_base64(self.rows.spans, "<i4"),
+            crc32c=_base64(self.rows.crc32c, "<u4"),
+        )
+        own = {name: getattr(self, name) for name in _Document.model_fields if name != "samples"}
+        return encode_document(_Document(samples=samples, **own).model_dump(mode="json"))
 
-    def folder(self, root: Path) -> Path:
-        """Return the folder of the shard."""
-        return root / SHARDS / f"{self.shard_id}-{self.attempt}"
+    @property
+    def folder(self) -> str:
+        """Name of the shard's folder."""
+        return f"{SHARDS}/{self.shard_id}-{self.attempt}"
+
+    @property
+    def name(self) -> str:
+        """Name of the record itself."""
+        return record_name(self.shard_id, self.revision)
 
 
-def record_path(root: Path, shard_id: str) -> Path:
-    """Return where the commit record of a shard lies."""
-    return root / COMMITS / f"{shard_id}.json"
+def no_rows() -> SampleRows:
+    """Return the table of a shard without samples."""
+    return SampleRows(
+        counts=np.zeros((0, len(COUNTS)), dtype=np.int32),
+        spans=np.zeros((0, 2), dtype=np.int32),
+        crc32c=np.zeros((0, 0), dtype=np.uint32),
+    )
 
 
-def committed_shards(root: Path, plan: Plan) -> list[PlannedShard]:
-    """Return the planned shards that have a commit record, in planned order.
+def record_name(shard_id: str, revision: int) -> str:
+    """Return where a commit record lies."""
+    return f"{COMMITS}/{shard_id}.{revision}.json"
+
+
+def standing_revisions(store: Store) -> dict[str, int]:
+    """Return the highest revision of each shard that has commit records.
 
     Raises:
-        CacheCorrupt: the folder of the commit records is missing.
+        CacheError: the records cannot be listed.
     """
+    found: dict[str, int] = {}
     try:
-        names = {path.name for path in (root / COMMITS).iterdir()}
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CacheCorrupt(f"{root / COMMITS} is missing: without commit records nothing is in the cache") from error
-    return [shard for shard in plan.shards if f"{shard.shard_id}.json" in names]
+        for entry in store.list(COMMITS):
+            shard_id, _, revision = entry.name.removeprefix(f"{COMMITS}/").removesuffix(".json").rpartition(".")
+            if revision.isdigit() and entry.name == record_name(shard_id, int(revision)):
+                found[shard_id] = max(int(revision), found.get(shard_id, 0))
+    except OSError as error:
+        raise CacheError(f"cannot list {store.uri}/{COMMITS}: {error}") from error
+    return found
 
 
-def read_record(root: Path, shard: PlannedShard, *, fingerprint: str, sealed: FileDigest | None = None) -> CommitRecord:
-    """Read and check one commit record, also against the digest that a completed cache holds of it.
+def read_standing(store: Store, plan: Plan, *, fingerprint: str) -> dict[str, tuple[CommitRecord, FileDigest]]:
+    """Return the standing record of each planned shard that has one, withdrawn ones too, in planned order.
+
+    Raises:
+        CacheCorrupt: a record differs from what was written, or belongs to another cache or plan.
+    """
+    revisions = standing_revisions(store)
+    shards = [shard for shard in plan.shards if shard.shard_id in revisions]
+    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        records = pool.map(
+            lambda shard: read_record(store, shard, revision=revisions[shard.shard_id], fingerprint=fingerprint), shards
+        )
+        return {shard.shard_id: record for shard, record in zip(shards, records, strict=True)}
+
+
+def read_record(
+    store: Store, shard: PlannedShard, *, revision: int, fingerprint: str
+) -> tuple[CommitRecord, FileDigest]:
+    """Read and check one commit record; return it with the digest of its bytes.
 
     Raises:
         CacheCorrupt: it differs from what was written, or belongs to another cache or plan.
     """
-    path = record_path(root, shard.shard_id)
-    data = read_committed(path, where=f"shard {shard.shard_id}")
-    where = f"shard {shard.shard_id}: {path}"
-    if sealed is not None and sealed != digest_bytes(data):
-        raise CacheCorrupt(f"{where} was changed after the cache was completed")
-    record = parse_model(CommitRecord, data, where=where)
-    if (record.shard_id, record.fingerprint) != (shard.shard_id, fingerprint):
+    name = record_name(shard.shard_id, revision)
+    data = read_document(store, name, where=f"shard {shard.shard_id}")
+    where = f"shard {shard.shard_id}: {store.uri}/{name}"
+    record = decode_record(data, where=where)
+    if (record.shard_id, record.revision, record.fingerprint) != (shard.shard_id, revision, fingerprint):
         raise CacheCorrupt(
-            f"{where} belongs to shard {record.shard_id} of cache {record.fingerprint[:16]}, "
-            f"expected shard {shard.shard_id} of cache {fingerprint[:16]}"
+            f"{where} belongs to shard {record.shard_id}, revision {record.revision}, of cache "
+            f"{record.fingerprint[:16]}; expected shard {shard.shard_id}, revision {revision}, of {fingerprint[:16]}"
         )
-    found = [*record.samples.sample_id, *(sample.sample_id for sample in record.skipped)]
-    if sorted(found) != sorted(shard.sample_ids):
+    found = [*record.sample_ids, *(sample.sample_id for sample in record.skipped)]
+    if record.withdrawn is None and sorted(found) != sorted(shard.sample_ids):
         raise CacheCorrupt(f"{where} does not hold the planned samples of the shard")
-    return record
+    return record, digest_bytes(data)
+
+
+def decode_record(data: bytes, *, where: str) -> CommitRecord:
+    """Parse the bytes of a record.
+
+    Raises:
+        CacheCorrupt: they differ from what was written, or their numbers cannot be.
+    """
+    document = parse_model(_Document, data, where=where)
+    samples, layout = document.samples, document.layout
+    arrays = 0 if layout is None else len(stored_fields(layout))
+    num_samples = len(samples.sample_id)
+    try:
+        rows = SampleRows(
+            counts=_integers(samples.counts, "<i4", columns=len(COUNTS), rows=num_samples),
+            spans=_integers(samples.spans, "<i4", columns=2, rows=None),
+            crc32c=_integers(samples.crc32c, "<u4", columns=arrays, rows=num_samples),
+        )
+        problem = rows.problem()
+    except ValueError as error:
+        problem = str(error)
+    if problem is not None:
+        raise CacheCorrupt(f"{where}: its table of samples holds {problem}")
+    own = {name: getattr(document, name) for name in _Document.model_fields if name != "samples"}
+    return CommitRecord(sample_ids=samples.sample_id, rows=rows, **own)
+
+
+def join_rows(tables: Iterable[SampleRows], *, arrays: int) -> SampleRows:
+    """Put the tables of several shards one after the other."""
+    kept = [table for table in tables if len(table.counts)]
+    empty = no_rows()
+    return SampleRows(
+        counts=np.concatenate([empty.counts, *(table.counts for table in kept)]),
+        spans=np.concatenate([empty.spans, *(table.spans for table in kept)]),
+        crc32c=np.concatenate([np.zeros((0, arrays), dtype=np.uint32), *(table.crc32c for table in kept)]),
+    )
+
+
+def _base64(table: np.ndarray, dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(table, dtype=dtype).tobytes()).decode()
+
+
+def _integers(text: str, dtype: str, *, columns: int, rows: int | None) -> np.ndarray:
+    data = np.frombuffer(base64.b64decode(text, validate=True), dtype=dtype)
+    if rows is None:
+        rows = len(data) // max(columns, 1)
+    if len(data) != rows * columns:
+        raise ValueError(f"{len(data)} numbers where {rows} x {columns} are expected")
+    return data.reshape(rows, columns)

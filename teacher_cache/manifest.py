@@ -1,32 +1,27 @@
-"""The manifest: what a cache holds, which shards were planned, and whether it serves a run."""
+"""The manifest: what decides the targets in a cache, and whether it serves a run."""
 
 import hashlib
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from teacher_cache.config import RowCodec
 from teacher_cache.documents import canonical_json, decode_document, encode_document, parse_document
+from teacher_cache.durable_files import FileDigest
 from teacher_cache.errors import (
     CacheCorrupt,
     CacheError,
     CacheMismatch,
     CacheNotFound,
-    ConfigError,
     FormatUnsupported,
 )
-from teacher_cache.storage import MANIFEST, FileDigest, digest_bytes, read_committed
+from teacher_cache.storage import Store
 
+MANIFEST: Final = "CACHE.json"
 FORMAT: Final = "genrecal-cache"
-VERSION: Final = 1
+VERSION: Final = 2
 
 T = TypeVar("T", bound=BaseModel)
-
-_SHARD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
 
 class StoredModel(BaseModel):
     """Strict, frozen model of a stored document."""
@@ -34,32 +29,11 @@ class StoredModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannedShard:
-    """One unit of work and of commit: these samples, in this order."""
-
-    shard_id: str
-    sample_ids: tuple[str, ...]
-
-
-class Plan(StoredModel):
-    """All shards of a cache."""
-
-    shards: tuple[PlannedShard, ...]
-
-    @property
-    def num_samples(self) -> int:
-        """Number of planned samples."""
-        return sum(len(shard.sample_ids) for shard in self.shards)
-
-
 class PlanEntry(StoredModel):
-    """Where the plan lies."""
+    """Where the first generation of the plan lies."""
 
-    file: str = Field(pattern=r"^plan-[0-9a-f]{16}\.json$")
+    file: str = Field(pattern=r"^plans/000000-[0-9a-f]{16}\.json$")
     digest: FileDigest
-    shards: int
-    samples: int
 
 
 class HeadEntry(StoredModel):
@@ -75,9 +49,13 @@ class Manifest(StoredModel):
     """Content of CACHE.json."""
 
     format: Literal["genrecal-cache"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     identity: dict[str, JsonValue]
+    """Teacher, processing, targets and tap: all that decides a sample's targets beside the sample itself."""
     fingerprint: str
+    """SHA-256 (hex) of the identity's canonical JSON."""
+    codec: RowCodec
+    """How hidden states are stored; part of the identity."""
     plan: PlanEntry
     teacher_head: HeadEntry | None
     provenance: dict[str, JsonValue]
@@ -120,7 +98,7 @@ def require_identity(manifest: Manifest, *, asked: dict[str, Any], where: str) -
         )
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(store: Store) -> Manifest:
     """Read and check CACHE.json.
 
     Raises:
@@ -128,64 +106,42 @@ def read_manifest(root: Path) -> Manifest:
         FormatUnsupported: it was written in another format version.
         CacheCorrupt: its bytes differ from what was written.
     """
-    path = root / MANIFEST
+    where = f"{store.uri}/{MANIFEST}"
     try:
-        data = path.read_bytes()
+        data = store.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CacheNotFound(f"no cache at {root}: {path} does not exist; build the cache or correct the uri") from error
+        raise CacheNotFound(
+            f"no cache at {store.uri}: {where} does not exist; build the cache or correct the uri"
+        ) from error
     except OSError as error:
-        raise CacheError(f"cannot read {path}: {error}") from error
-    document = parse_document(data, where=str(path))
+        raise CacheError(f"cannot read {where}: {error}") from error
+    document = parse_document(data, where=where)
     version = document.get("version")
-    if document.get("format") != FORMAT or not isinstance(version, int) or version > VERSION:
+    if document.get("format") != FORMAT or version != VERSION:
+        older = isinstance(version, int) and version < VERSION
         raise FormatUnsupported(
-            f"{path}: written in format {document.get('format')!r} version {version!r}, this release reads "
-            f"{FORMAT!r} up to version {VERSION}; use a newer release"
+            f"{where}: written in format {document.get('format')!r} version {version!r}, this release reads "
+            f"{FORMAT!r} version {VERSION}; {'build the cache again' if older else 'use a newer release'}"
         )
-    manifest = parse_model(Manifest, data, where=str(path))
+    manifest = parse_model(Manifest, data, where=where)
     if manifest.fingerprint != fingerprint(manifest.identity):
-        raise CacheCorrupt(f"{path}: the fingerprint {manifest.fingerprint} does not belong to the identity")
+        raise CacheCorrupt(f"{where}: the fingerprint {manifest.fingerprint} does not belong to the identity")
     return manifest
 
 
-def check_plan(shards: Sequence[PlannedShard]) -> Plan:
-    """Return a plan whose shard ids are safe names, whose sample ids are text, and whose ids are all distinct.
+def read_document(store: Store, name: str, *, where: str) -> bytes:
+    """Return the bytes of a document that must exist.
 
     Raises:
-        ConfigError: they are not.
+        CacheCorrupt: it is missing.
+        CacheError: it cannot be read.
     """
-    for shard in shards:
-        if not _SHARD_ID.fullmatch(shard.shard_id):
-            raise ConfigError(f"shard id {shard.shard_id!r}: expected letters, digits, '.', '_', '-', at most 100")
-        if not shard.sample_ids:
-            raise ConfigError(f"shard {shard.shard_id}: no samples are planned for it")
-    canonical_json([shard.sample_ids for shard in shards])
-    _require_distinct("shard id", [shard.shard_id for shard in shards])
-    _require_distinct("sample id", [sample_id for shard in shards for sample_id in shard.sample_ids])
-    return Plan(shards=tuple(shards))
-
-
-def encode_plan(plan: Plan) -> tuple[bytes, PlanEntry]:
-    """Return the bytes of a plan's file and its entry in the manifest."""
-    data = encode_document(plan.model_dump(mode="json"))
-    digest = digest_bytes(data)
-    entry = PlanEntry(
-        file=f"plan-{digest.sha256[:16]}.json", digest=digest, shards=len(plan.shards), samples=plan.num_samples
-    )
-    return data, entry
-
-
-def read_plan(root: Path, manifest: Manifest) -> Plan:
-    """Read the planned shards.
-
-    Raises:
-        CacheCorrupt: the file is missing or differs from what the manifest names.
-    """
-    path = root / manifest.plan.file
-    data = read_committed(path, where="plan")
-    if digest_bytes(data) != manifest.plan.digest:
-        raise CacheCorrupt(f"{path} was changed: its digest differs from the one in {root / MANIFEST}")
-    return parse_model(Plan, data, where=str(path))
+    try:
+        return store.read(name)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheCorrupt(f"{where}: {store.uri}/{name} is missing; restore it or build the cache again") from error
+    except OSError as error:
+        raise CacheError(f"{where}: cannot read {store.uri}/{name}: {error}") from error
 
 
 def parse_model(model: type[T], data: bytes, *, where: str) -> T:
@@ -206,11 +162,3 @@ def _flatten(value: Any, path: str = "") -> dict[str, str]:
     if isinstance(value, dict) and value:
         return {k: v for key in value for k, v in _flatten(value[key], f"{path}.{key}" if path else key).items()}
     return {path: canonical_json(value)}
-
-
-def _require_distinct(what: str, names: list[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ConfigError(f"{what} {name!r} is planned twice; every {what} must be unique")
-        seen.add(name)

@@ -1,35 +1,36 @@
 """Opens caches for reading: checked on open, random access by sample id, verified rows."""
 
+import threading
 from collections import defaultdict
-from collections.abc import Iterable
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, lru_cache
 from typing import Any
 
-from teacher_cache.codec import decode_targets, load_teacher_head
+from teacher_cache.codec import Layout, decode_targets, load_teacher_head, stored_fields
+from teacher_cache.durable_files import FileDigest, digest_bytes, digest_pieces
 from teacher_cache.errors import CacheCorrupt, CacheError, CacheIncomplete
-from teacher_cache.ledger import CommitRecord, committed_shards, read_record, record_path
-from teacher_cache.manifest import Manifest, read_manifest, read_plan
-from teacher_cache.schema import SkippedSample, TeacherHead, TeacherTargets
-from teacher_cache.seal import read_seal
-from teacher_cache.shard import ShardReader
-from teacher_cache.storage import local_root, require_digest
+from teacher_cache.ledger import decode_record, read_standing
+from teacher_cache.manifest import HeadEntry, Manifest, fingerprint, read_document, read_manifest
+from teacher_cache.plan import read_plan
+from teacher_cache.sample_index import SampleIndex
+from teacher_cache.schema import TIERS, SkippedSample, TeacherHead, TeacherTargets, Tier
+from teacher_cache.shard_reader import RowRange, ShardReader
+from teacher_cache.snapshot import Snapshot, latest_snapshot, read_snapshot
+from teacher_cache.storage import COPY_BYTES, Store, local_file, open_store
 
-_OPEN_SHARDS = 64
-_TIERS = {
-    "hidden_states": "A",
-    "question_hidden_states": "Q",
-    "topk_ids": "L",
-    "topk_logprobs": "L",
-    "logsumexp": "L",
-    "target_logprobs": "L",
-}
+_OPEN_SHARDS = 32
 
 
-def open_cache(uri: str, *, allow_incomplete: bool = False) -> "TeacherCache":
-    """Open a cache for reading: what is committed now, unchanged by a build that goes on.
+def open_cache(uri: str, *, allow_incomplete: bool = False, snapshot: int | None = None) -> "TeacherCache":
+    """Open a cache for reading: a complete state of it, unchanged by a build that goes on.
 
-    Reads the manifest, the plan and all commit records, and no tensor.
+    Reads the manifest, a snapshot and the index of the samples, and no tensor.
+
+    Args:
+        uri: Where the cache lies.
+        allow_incomplete: Open what is committed now, complete or not.
+        snapshot: Number of the snapshot to open, by default the latest.
 
     Raises:
         CacheNotFound: there is no cache.
@@ -37,120 +38,149 @@ def open_cache(uri: str, *, allow_incomplete: bool = False) -> "TeacherCache":
         CacheCorrupt: what was read differs from what was committed.
         FormatUnsupported: the cache was written in another format version.
     """
-    root = local_root(uri)
-    manifest = read_manifest(root)
-    plan = read_plan(root, manifest)
-    seal = read_seal(root, manifest)
-    committed = plan.shards if seal is not None else committed_shards(root, plan)
-    if len(committed) < len(plan.shards) and not allow_incomplete:
-        done = {shard.shard_id for shard in committed}
+    store = open_store(uri)
+    manifest = read_manifest(store)
+    number = latest_snapshot(store) if snapshot is None else snapshot
+    if allow_incomplete:
+        return _open_committed(store, manifest)
+    if number is None:
+        plan = read_plan(store, manifest)
+        done = _open_committed(store, manifest).shard_ids
         missing = [shard.shard_id for shard in plan.shards if shard.shard_id not in done]
         raise CacheIncomplete(
             f"the cache at {uri} lacks {len(missing)} of {len(plan.shards)} shards ({', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}); run the build again to complete it"
         )
-    sealed = {} if seal is None else seal.files
-    records = [
-        read_record(
-            root,
-            shard,
-            fingerprint=manifest.fingerprint,
-            sealed=sealed.get(record_path(root, shard.shard_id).relative_to(root).as_posix()),
-        )
-        for shard in committed
-    ]
-    return TeacherCache(root, manifest=manifest, records=records)
+    return _open_snapshot(store, manifest, number)
 
 
 class TeacherCache:
     """Committed samples of one cache. May be shared by threads, forked and pickled."""
 
-    def __init__(self, root: Path, *, manifest: Manifest, records: list[CommitRecord]) -> None:
-        """Take checked records; use :func:`open_cache`."""
-        self._root = root
+    def __init__(
+        self, store: Store, *, manifest: Manifest, data: dict[str, Any], index: SampleIndex, snapshot: int | None
+    ) -> None:
+        """Take checked parts; use :func:`open_cache`."""
+        self._store = store
         self._manifest = manifest
-        self._records = records
-        self.sample_ids = tuple(sample_id for record in records for sample_id in record.samples.sample_id)
-        """Ids of the stored samples, in planned order."""
-        self._index = {
-            sample_id: (shard, row)
-            for shard, record in enumerate(records)
-            for row, sample_id in enumerate(record.samples.sample_id)
-        }
-        layouts = {record.layout for record in records if record.layout is not None}
-        if len(layouts) > 1:
-            raise CacheCorrupt(f"the shards of {root} differ in dtype, hidden size or top-k: {layouts}")
-        self._layout = next(iter(layouts), None)
+        self._data = data
+        self._index = index
+        self.snapshot = snapshot
+        """Number of the snapshot that is read, None for a cache that was opened incomplete."""
+        layouts = {shard.layout for shard in index.shards if shard.layout is not None}
+        if len({(layout.dtype, layout.codec, layout.hidden_size, layout.topk) for layout in layouts}) > 1:
+            raise CacheCorrupt(f"the shards of {store.uri} differ in dtype, codec, hidden size or top-k: {layouts}")
+        self._layout: Layout | None = next(iter(layouts), None)
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        self._pool_lock = threading.Lock()
+
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        """Ids of the stored samples, in planned order."""
+        return self._index.sample_ids
+
+    @property
+    def shard_ids(self) -> frozenset[str]:
+        """Ids of the committed shards."""
+        return frozenset(shard.shard_id for shard in self._index.shards)
 
     @property
     def skipped(self) -> tuple[SkippedSample, ...]:
         """Bad samples that the build left out."""
-        return tuple(sample for record in self._records for sample in record.skipped)
+        return tuple(sample for shard in self._index.shards for sample in shard.skipped)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the content: teacher, processing, data, targets."""
-        return self._manifest.identity
+        """What decides the content: teacher, processing, targets, codec, and the data."""
+        return {**self._manifest.identity, "data": self._data}
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the identity."""
-        return self._manifest.fingerprint
+        return fingerprint(self.identity)
 
     @property
+    def targets_fingerprint(self) -> str:
+        """SHA-256 (hex) of the identity without the data: equal wherever a sample would get the same targets."""
+        return self._manifest.fingerprint
+
+    @cached_property
     def provenance(self) -> dict[str, Any]:
-        """How the cache came about; ``shards`` lists the same per shard."""
-        shards = [{"shard_id": record.shard_id, **record.provenance} for record in self._records]
+        """How the cache came about; ``shards`` lists the same per shard, from the commit records."""
+        shards = []
+        for entry in self._index.shards:
+            where = f"shard {entry.shard_id}"
+            data = read_document(self._store, entry.record_name, where=where)
+            if digest_bytes(data) != entry.record:
+                raise CacheCorrupt(f"{where}: {self._store.uri}/{entry.record_name} was changed")
+            record = decode_record(data, where=where)
+            cost = {} if record.codec_cost is None else {"codec_cost": record.codec_cost.model_dump(mode="json")}
+            shards.append({"shard_id": record.shard_id, **cost, **record.provenance})
         return {**self._manifest.provenance, "shards": shards}
 
     @property
     def hidden_size(self) -> int:
         """Columns of the hidden states."""
-        if self._layout is not None:
-            return self._layout.hidden_size
-        return self._head_entry().hidden_size
+        return self._head_entry().hidden_size if self._layout is None else self._layout.hidden_size
 
     @property
     def vocab_size(self) -> int:
         """Rows of the teacher head."""
         return self._head_entry().vocab_size
 
-    def read(self, sample_ids: Iterable[str]) -> list[TeacherTargets]:
-        """Return the targets of these samples, in this order; reads only their rows, shard by shard.
+    def read(
+        self,
+        sample_ids: Iterable[str],
+        *,
+        tiers: Collection[Tier] = TIERS,
+        verify: bool = True,
+        threads: int = 1,
+    ) -> list[TeacherTargets]:
+        """Return the targets of these samples, in this order; reads only their rows, one request per array.
+
+        Args:
+            sample_ids: Stored samples; one that is named twice is read once.
+            tiers: Which targets to read beside the token ids: A answer rows (always), Q question rows, L logits.
+            verify: Check every row that is read against its checksum.
+            threads: Samples that are read at the same time.
 
         Raises:
             CacheError: an id is not stored.
             CacheCorrupt: stored bytes differ from what was committed.
         """
         asked = list(sample_ids)
-        rows: dict[int, dict[int, None]] = defaultdict(dict)
-        for sample_id in asked:
-            shard, row = self._locate(sample_id)
-            rows[shard][row] = None
-        found: dict[str, TeacherTargets] = {}
-        for shard in sorted(rows):
-            found |= self._read_shard(shard, sorted(rows[shard]))
+        positions = {sample_id: self._locate(sample_id) for sample_id in asked}
+        in_stored_order = sorted(positions, key=positions.__getitem__)
+        if threads == 1:
+            found = self._read_ahead(in_stored_order, positions, tiers=tiers, verify=verify)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                jobs = {
+                    sample_id: pool.submit(self._read_one, sample_id, positions[sample_id], tiers=tiers, verify=verify)
+                    for sample_id in in_stored_order
+                }
+                found = {sample_id: job.result() for sample_id, job in jobs.items()}
         return [found[sample_id] for sample_id in asked]
 
     def sample_digest(self, sample_id: str) -> str:
         """Return the digest of the sample that the teacher saw."""
-        shard, row = self._locate(sample_id)
-        return self._records[shard].samples.digest[row]
+        return self._index.digest(self._locate(sample_id))
 
     def answer_tokens(self, sample_id: str) -> int:
         """Return the number of supervised teacher tokens, all turns together."""
-        shard, row = self._locate(sample_id)
-        return self._records[shard].samples.answer_tokens[row]
+        return self._index.counts(self._locate(sample_id))[2]
 
     def num_tokens(self, sample_id: str) -> int:
         """Return the number of teacher tokens, images expanded."""
-        shard, row = self._locate(sample_id)
-        return self._records[shard].samples.num_tokens[row]
+        return self._index.counts(self._locate(sample_id))[0]
 
     def tier_bytes(self) -> dict[str, int]:
         """Return the stored bytes per tier: A, Q and L."""
-        return tier_bytes(self._records)
+        totals: dict[str, int] = dict.fromkeys(TIERS, 0)
+        for shard in self._index.shards:
+            for tier, size in shard.tier_bytes.items():
+                totals[tier] += size
+        return totals
 
     def teacher_head(self) -> TeacherHead:
         """Return the teacher's output projection, after checking its digest.
@@ -159,60 +189,142 @@ class TeacherCache:
             CacheError: the cache was built without one.
         """
         entry = self._head_entry()
-        path = self._root / entry.file
-        require_digest(path, expected=entry.digest, where="teacher head")
-        return load_teacher_head(path)
+        require_digest(self._store, entry.file, expected=entry.digest, where="teacher head")
+        with local_file(self._store, entry.file) as path:
+            return load_teacher_head(path)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return int(self._index.first_sample[-1])
 
     def __contains__(self, sample_id: str) -> bool:
-        return sample_id in self._index
+        return self._index.position(sample_id) is not None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._root, self._manifest, self._records)
+        if self.snapshot is not None:
+            return _open_snapshot, (self._store, self._manifest, self.snapshot)
+        return _rebuild, (self._store, self._manifest, self._data, self._index)
 
-    def _head_entry(self) -> Any:
+    def _head_entry(self) -> HeadEntry:
         if self._manifest.teacher_head is None:
-            raise CacheError(f"the cache at {self._root} was built without a teacher head")
+            raise CacheError(f"the cache at {self._store.uri} was built without a teacher head")
         return self._manifest.teacher_head
 
-    def _locate(self, sample_id: str) -> tuple[int, int]:
-        try:
-            return self._index[sample_id]
-        except KeyError:
+    def _locate(self, sample_id: str) -> int:
+        position = self._index.position(sample_id)
+        if position is None:
             skipped = {sample.sample_id: sample.reason for sample in self.skipped}
             reason = f"it was skipped ({skipped[sample_id]})" if sample_id in skipped else "no committed shard names it"
-            raise CacheError(f"sample {sample_id!r} is not in the cache at {self._root}: {reason}") from None
+            raise CacheError(f"sample {sample_id!r} is not in the cache at {self._store.uri}: {reason}")
+        return position
 
     def _open_shard(self, shard: int) -> ShardReader:
-        record = self._records[shard]
-        return ShardReader(record.folder(self._root), record)
+        entry, rows = self._index.shards[shard], self._index.rows_of_shard(shard)
+        assert entry.layout is not None
+        return ShardReader(
+            self._store,
+            entry.folder,
+            shard_id=entry.shard_id,
+            layout=entry.layout,
+            num_rows={axis: int(offsets[-1]) for axis, offsets in rows.offsets.items()},
+            samples=entry.samples,
+        )
 
-    def _read_shard(self, shard: int, rows: list[int]) -> dict[str, TeacherTargets]:
-        table, layout = self._records[shard].samples, self._records[shard].layout
+    def _read_ahead(
+        self, sample_ids: Sequence[str], positions: dict[str, int], *, tiers: Collection[Tier], verify: bool
+    ) -> dict[str, TeacherTargets]:
+        found = {}
+        for number, sample_id in enumerate(sample_ids):
+            for coming in sample_ids[number : number + 2] if number == 0 else sample_ids[number + 1 : number + 2]:
+                reader, ranges = self._ranges(coming, positions[coming], tiers=tiers, verify=verify)
+                for name, rows in ranges.items():
+                    reader.prefetch(name, rows)
+            found[sample_id] = self._read_one(sample_id, positions[sample_id], tiers=tiers, verify=verify)
+        return found
+
+    def _read_one(self, sample_id: str, position: int, *, tiers: Collection[Tier], verify: bool) -> TeacherTargets:
+        shard = self._index.shard_of(position)
+        row = position - int(self._index.first_sample[shard])
+        reader, ranges = self._ranges(sample_id, position, tiers=tiers, verify=verify)
+        table, layout = self._index.rows_of_shard(shard), self._index.shards[shard].layout
         assert layout is not None
-        return {
-            table.sample_id[row]: decode_targets(
-                table.sample_id[row],
-                arrays,
-                layout=layout,
-                has_question_rows=table.question_rows[row] is not None,
-            )
-            for row, arrays in zip(rows, self._shard(shard).read(rows), strict=True)
-        }
+        return decode_targets(
+            sample_id,
+            {name: reader.read(name, rows) for name, rows in ranges.items()},
+            spans=table.spans_of(row),
+            layout=layout,
+            tiers=tiers,
+            has_question_rows="Q" in self._index.shards[shard].tiers and int(table.counts[row, 3]) >= 0,
+        )
+
+    def _ranges(
+        self, sample_id: str, position: int, *, tiers: Collection[Tier], verify: bool
+    ) -> tuple[ShardReader, dict[str, RowRange]]:
+        shard = self._index.shard_of(position)
+        row = position - int(self._index.first_sample[shard])
+        entry, table = self._index.shards[shard], self._index.rows_of_shard(shard)
+        assert entry.layout is not None
+        ranges = {}
+        for column, (name, field) in enumerate(stored_fields(entry.layout).items()):
+            if name != "spans" and field.tier in entry.tiers and (field.tier == "A" or field.tier in tiers):
+                start, stop = table.offsets[field.axis][row : row + 2]
+                crc32c = int(table.crc32c[row, column]) if verify else None
+                ranges[name] = RowRange(sample_id=sample_id, start=int(start), stop=int(stop), crc32c=crc32c)
+        return self._shard(shard), ranges
 
 
-def tier_bytes(records: Iterable[CommitRecord]) -> dict[str, int]:
-    """Return the stored bytes per tier (A, Q, L) of some shards."""
-    totals = {"A": 0, "Q": 0, "L": 0}
-    for record in records:
-        for path, digest in record.files.items():
-            tier = _TIERS.get(path.split("/")[0])
-            if tier is not None:
-                totals[tier] += digest.size_bytes
-    return totals
+def require_digest(store: Store, name: str, *, expected: FileDigest, where: str) -> None:
+    """Check that a file holds exactly the committed bytes.
+
+    Raises:
+        CacheCorrupt: it is missing or differs.
+        CacheError: it cannot be read.
+    """
+    path = f"{store.uri}/{name}"
+    try:
+        reader = store.open(name)
+        if reader.size_bytes != expected.size_bytes:
+            raise CacheCorrupt(f"{where}: {path} has {reader.size_bytes} bytes, {expected.size_bytes} were committed")
+        piece = bytearray(min(COPY_BYTES, expected.size_bytes))
+
+        def pieces() -> Iterable[memoryview]:
+            for offset in range(0, expected.size_bytes, COPY_BYTES):
+                view = memoryview(piece)[: expected.size_bytes - offset]
+                reader.read_into(offset, [view])
+                yield view
+
+        found = digest_pieces(pieces())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheCorrupt(f"{where}: {path} is missing, {expected.size_bytes} bytes were committed") from error
+    except OSError as error:
+        raise CacheError(f"{where}: cannot read {path}: {error}") from error
+    if found != expected:
+        raise CacheCorrupt(f"{where}: {path} was changed: blake3 {found.blake3}, {expected.blake3} was committed")
 
 
-def _rebuild(root: Path, manifest: Manifest, records: list[CommitRecord]) -> TeacherCache:
-    return TeacherCache(root, manifest=manifest, records=records)
+def map_index(store: Store, snapshot: Snapshot) -> SampleIndex:
+    """Return the index of a snapshot, after checking its digest.
+
+    Raises:
+        CacheCorrupt: it is missing or was changed.
+    """
+    require_digest(store, snapshot.index, expected=snapshot.files[snapshot.index], where="index of samples")
+    with local_file(store, snapshot.index) as path:
+        return SampleIndex.map_file(path, where=f"{store.uri}/{snapshot.index}")
+
+
+def _open_snapshot(store: Store, manifest: Manifest, number: int) -> TeacherCache:
+    snapshot = read_snapshot(store, number, fingerprint=manifest.fingerprint)
+    index = map_index(store, snapshot)
+    return TeacherCache(store, manifest=manifest, data=snapshot.data, index=index, snapshot=number)
+
+
+def _open_committed(store: Store, manifest: Manifest) -> TeacherCache:
+    plan = read_plan(store, manifest)
+    standing = read_standing(store, plan, fingerprint=manifest.fingerprint).values()
+    records = [(record, digest) for record, digest in standing if record.withdrawn is None]
+    index = SampleIndex.from_records(records, digests=plan.digests(), where=store.uri)
+    return _rebuild(store, manifest, plan.data, index)
+
+
+def _rebuild(store: Store, manifest: Manifest, data: dict[str, Any], index: SampleIndex) -> TeacherCache:
+    return TeacherCache(store, manifest=manifest, data=data, index=index, snapshot=None)

@@ -15,7 +15,7 @@ The rows of several turns follow each other in order.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,10 @@ from jaxtyping import Bool, Float, Int
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+
+
+Tier = Literal["A", "Q", "L"]
+TIERS: tuple[Tier, ...] = ("A", "Q", "L")
 
 
 class Span(NamedTuple):
@@ -77,7 +81,7 @@ class EncodedConversation:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherTargets:
-    """Everything that the cache holds for one sample. Tensors are on the CPU.
+    """What the cache holds for one sample. Tensors are on the CPU; a tier that was not asked for is None.
 
     ``hidden_states`` and ``question_hidden_states`` have the teacher's dtype.
     """
@@ -87,12 +91,12 @@ class TeacherTargets:
     spans: tuple[Span, ...]
     hidden_states: "Float[Tensor, 'tier_a_rows teacher_hidden']"
     question_hidden_states: "Float[Tensor, 'tier_q_rows teacher_hidden'] | None"
-    topk_ids: "Int[Tensor, 'answer_tokens k']"
-    topk_logprobs: "Float[Tensor, 'answer_tokens k']"
+    topk_ids: "Int[Tensor, 'answer_tokens k'] | None"
+    topk_logprobs: "Float[Tensor, 'answer_tokens k'] | None"
     """Natural-log probabilities under the full softmax, highest first, float32."""
-    logsumexp: "Float[Tensor, ' answer_tokens']"
+    logsumexp: "Float[Tensor, ' answer_tokens'] | None"
     """Of the engine's own logits, after soft-cap and scale, float32."""
-    target_logprobs: "Float[Tensor, ' answer_tokens']"
+    target_logprobs: "Float[Tensor, ' answer_tokens'] | None"
     """Log-probability of the token that really follows, float32."""
 
 

@@ -1,190 +1,204 @@
-"""Durable steps on a local file system: what the commit protocol is made of.
+"""Where the files of a cache lie: one interface over a local folder and over an object store.
 
-Nothing here knows what a cache holds. The names of the folder picture are in docs/format.md.
+Names are relative, in ``/`` form: ``commits/shard-000000.0.json``. Nothing here knows what a cache holds.
+Errors are those of the operating system: FileNotFoundError for a name that is absent, OSError for the rest.
 """
 
-import hashlib
-import os
 import re
-import shutil
-import stat
-import uuid
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from teacher_cache.errors import CacheCorrupt, CacheError, ConfigError
+from teacher_cache.config import Sharing
+from teacher_cache.errors import CacheCorrupt, ConfigError
 
-MANIFEST = "CACHE.json"
-SEAL = "SEAL.json"
-COMMITS = "commits"
-SHARDS = "shards"
-STAGING = "staging"
+DOCUMENT_LIMIT_BYTES = 2 * 1024**3
+"""Longest file that is read whole."""
+COPY_BYTES = 16 * 1024**2
+"""Bytes per request when a whole file is read in pieces."""
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_OBJECT_SCHEMES = ("s3", "gs", "az", "memory")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}(/[A-Za-z0-9][A-Za-z0-9._-]{0,254}){0,7}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileDigest:
-    """Length and content of one file."""
+class FileEntry:
+    """One file of a listing."""
 
+    name: str
+    """Relative to the cache."""
     size_bytes: int
-    sha256: str
 
 
-def local_root(uri: str) -> Path:
-    """Return the folder that ``uri`` names: a plain path or a ``file://`` URI.
+class TruncatedFile(OSError):
+    """A file that ends before the bytes that were asked for."""
+
+
+class FileReader(Protocol):
+    """An open file. May be shared by threads and used after a fork."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the file."""
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, with the bytes from ``offset`` on, in one request.
+
+        Raises:
+            TruncatedFile: the file ends before.
+            OSError: it cannot be read.
+        """
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Say that these bytes will be read soon; may do nothing."""
+
+
+class FileWriter(Protocol):
+    """A new file that is being written, front to back."""
+
+    def write(self, buffers: Sequence[memoryview]) -> None:
+        """Append the buffers, one after the other."""
+
+    def close(self) -> None:
+        """Finish: the content is durable; the name is after :meth:`Store.sync`."""
+
+    def abort(self) -> None:
+        """Give up; what was written may stay under its name."""
+
+    def __enter__(self) -> "FileWriter": ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close, or abort when the block failed."""
+
+
+class Store(Protocol):
+    """The files of one cache. Pickles as its place; may be used after a fork."""
+
+    @property
+    def uri(self) -> str:
+        """Where the files lie, as errors name it."""
+
+    def read(self, name: str, *, limit_bytes: int = DOCUMENT_LIMIT_BYTES) -> bytes:
+        """Return a whole file, refusing one that is longer before anything is allocated."""
+
+    def size(self, name: str) -> int | None:
+        """Return the length of a file, or None when there is no such file."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Give a name that must be free these bytes, durably; say whether the name now holds exactly them.
+
+        The bytes tell a win from a loss, not the answer of the store: after a lost answer a repeated request
+        reports that the name is taken although it is ours. So racing contents must hold a nonce.
+        """
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Give a name these bytes at once, whatever it held; not durable."""
+
+    def writer(self, name: str) -> FileWriter:
+        """Start a new file, and the folders above it.
+
+        Raises:
+            FileExistsError: the name is taken.
+        """
+
+    def sync(self, folder: str) -> None:
+        """Make the names of all closed files under a folder, and the folder's own, durable."""
+
+    def open(self, name: str) -> FileReader:
+        """Open a file for random access."""
+
+    def list(self, folder: str) -> Iterator[FileEntry]:
+        """Yield every file under a folder ("" for the cache itself), sorted by name; none when it is absent."""
+
+    def folders(self, folder: str) -> tuple[str, ...]:
+        """Return the names of the folders in a folder, sorted; none when it is absent."""
+
+    def remove(self, name: str) -> None:
+        """Delete a file, or a folder with everything under it; one that is already gone is fine."""
+
+
+def open_store(uri: str, *, create: bool = False, sharing: Sharing = "private") -> Store:
+    """Return the store at a path, a ``file://`` URI or an object-store URI; touches nothing unless ``create``.
+
+    Args:
+        uri: ``/path``, ``file:///path``, ``s3://bucket/prefix``, ``gs://…``, ``az://…`` or, in tests, ``memory://``.
+            Credentials and endpoints come from the environment.
+        create: Make the folder when there is none. New folders and files are readable by the owner alone, or by
+            the group of the folder too.
+        sharing: Who may read a folder that is made. An existing folder keeps its own setting, and files follow it.
 
     Raises:
-        ConfigError: the URI has another scheme or host.
+        ConfigError: the URI cannot be used.
     """
-    if not _SCHEME.match(uri):
-        if not uri or "\0" in uri:
-            raise ConfigError(f"cache uri {uri!r}: expected a path or a file:// URI")
+    if (scheme := uri_scheme(uri)) in _OBJECT_SCHEMES:
+        from teacher_cache.object_store import ObjectStore
+
+        return ObjectStore(uri)
+    from teacher_cache.local_store import LocalStore
+
+    path = _local_path(uri, scheme=scheme)
+    return LocalStore.create_folder(path, sharing=sharing) if create else LocalStore(path)
+
+
+@contextmanager
+def local_file(store: Store, name: str) -> Iterator[Path]:
+    """Give the path of a file that can be mapped into memory: its own, or a temporary copy of an object."""
+    from teacher_cache.local_store import LocalStore
+
+    if isinstance(store, LocalStore):
+        yield store.root / check_name(name)
+        return
+    reader = store.open(name)
+    with tempfile.NamedTemporaryFile(prefix="genrecal-") as copy:
+        for offset in range(0, reader.size_bytes, COPY_BYTES):
+            piece = bytearray(min(COPY_BYTES, reader.size_bytes - offset))
+            reader.read_into(offset, [memoryview(piece)])
+            copy.write(piece)
+        copy.flush()
+        yield Path(copy.name)
+
+
+def uri_scheme(uri: str) -> str | None:
+    """Return the lower-case scheme of a URI, None for a plain path."""
+    match = _SCHEME.match(uri)
+    return match.group(1).lower() if match else None
+
+
+def log_folder(uri: str) -> Path:
+    """Return the folder beside a local cache, or in the working directory, where logs of its builds go."""
+    if uri_scheme(uri) in _OBJECT_SCHEMES:
+        return Path(f"{uri.rstrip('/').rsplit('/', 1)[-1]}-logs")
+    path = _local_path(uri, scheme=uri_scheme(uri))
+    return path.parent / f"{path.name}-logs"
+
+
+def check_name(name: str) -> str:
+    """Return a relative name of plain segments, so that no name ever leads out of a cache.
+
+    Raises:
+        CacheCorrupt: it has other characters, is absolute, or goes up.
+    """
+    if not _NAME.fullmatch(name):
+        raise CacheCorrupt(f"{name!r} is no name of a file in a cache: expected plain segments joined by '/'")
+    return name
+
+
+def _local_path(uri: str, *, scheme: str | None) -> Path:
+    if "\0" in uri or not uri:
+        raise ConfigError(f"cache uri {uri!r}: expected a path, file:///path or s3://bucket/prefix")
+    if scheme is None:
         return Path(uri)
     parts = urlsplit(uri)
-    if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
-        raise ConfigError(f"cache uri {uri!r}: only local paths and file:/// URIs are supported; use one of them")
+    if scheme != "file" or parts.netloc not in ("", "localhost") or "%00" in parts.path:
+        raise ConfigError(
+            f"cache uri {uri!r}: scheme {scheme!r} is not supported; use a path, file:///path or one of "
+            + ", ".join(f"{known}://" for known in _OBJECT_SCHEMES)
+        )
     return Path(unquote(parts.path))
-
-
-def read_committed(path: Path, *, where: str) -> bytes:
-    """Return the bytes of a file that must exist.
-
-    Raises:
-        CacheCorrupt: it is missing.
-        CacheError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CacheCorrupt(f"{where}: {path} is missing; restore it or build the cache again") from error
-    except OSError as error:
-        raise CacheError(f"{where}: cannot read {path}: {error}") from error
-
-
-def digest_bytes(data: bytes) -> FileDigest:
-    """Return the digest of bytes in memory."""
-    return FileDigest(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def digest_file(path: Path) -> FileDigest:
-    """Return the digest of a file, read in pieces."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileDigest(size_bytes=file.tell(), sha256=digest)
-
-
-def require_size(path: Path, *, expected: FileDigest, where: str) -> None:
-    """Check that a regular file of the committed length exists, without opening it.
-
-    Raises:
-        CacheCorrupt: it is missing, of another length, or no regular file.
-        CacheError: it cannot be looked at.
-    """
-    try:
-        status = path.lstat()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CacheCorrupt(f"{where}: {path} is missing, {expected.size_bytes} bytes were committed") from error
-    except OSError as error:
-        raise CacheError(f"{where}: cannot read {path}: {error}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CacheCorrupt(f"{where}: {path} is no regular file")
-    if status.st_size != expected.size_bytes:
-        raise CacheCorrupt(f"{where}: {path} has {status.st_size} bytes, {expected.size_bytes} were committed")
-
-
-def require_digest(path: Path, *, expected: FileDigest, where: str) -> None:
-    """Check that a file holds exactly the committed bytes.
-
-    Raises:
-        CacheCorrupt: it is missing or differs.
-        CacheError: it cannot be read.
-    """
-    require_size(path, expected=expected, where=where)
-    try:
-        found = digest_file(path)
-    except OSError as error:
-        raise CacheError(f"{where}: cannot read {path}: {error}") from error
-    if found != expected:
-        raise CacheCorrupt(f"{where}: {path} was changed: sha256 {found.sha256}, {expected.sha256} was committed")
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder and the missing ones above it, durably."""
-    if not path.parent.is_dir():
-        make_folder(path.parent)
-    path.mkdir(exist_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> dict[str, FileDigest]:
-    """Make everything under a folder durable and return the digest of each file by relative path."""
-    digests = {}
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in sorted(names):
-            path = Path(parent, name)
-            digests[path.relative_to(folder).as_posix()] = digest_file(path)
-            _sync_file(path)
-        sync_folder(Path(parent))
-    return dict(sorted(digests.items()))
-
-
-def publish(source: Path, target: Path) -> bool:
-    """Give a finished file its final name, which must be free, and say whether this call did so.
-
-    The bytes at ``target`` tell a win from a loss, not the answer of the file system: after a lost answer a
-    repeated ``link`` reports that the name exists although it is ours. So contents must hold a nonce.
-    """
-    try:
-        _sync_file(source)
-        try:
-            os.link(source, target)
-            won = True
-        except FileExistsError:
-            won = target.read_bytes() == source.read_bytes()
-        sync_folder(target.parent)
-    finally:
-        source.unlink(missing_ok=True)
-    return won
-
-
-def publish_bytes(data: bytes, target: Path, *, staging: Path) -> bool:
-    """Write ``data`` to a temporary file and :func:`publish` it."""
-    source = staging / f"{target.name}.{uuid.uuid4().hex}"
-    with source.open("xb") as file:
-        file.write(data)
-    return publish(source, target)
-
-
-def move_folder(source: Path, target: Path) -> None:
-    """Rename a finished folder durably."""
-    source.rename(target)
-    sync_folder(target.parent)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or folder; one that is already gone is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(FileNotFoundError):
-            path.unlink()
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,49 +1,39 @@
 """Creates caches and commits shards: whole, durable, exactly once, from any number of processes."""
 
 import logging
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from teacher_cache.codec import axis_lengths, encode_targets, layout_of, save_teacher_head
+from teacher_cache.codec import encode_teacher_head, load_teacher_head
+from teacher_cache.config import Compression, RowCodec, Sharing
 from teacher_cache.documents import plain_json
-from teacher_cache.errors import CacheError, CacheMismatch, CacheNotFound, ConfigError, TeacherError
-from teacher_cache.ledger import CommitRecord, SampleTable, committed_shards, read_record, record_path
+from teacher_cache.durable_files import digest_bytes
+from teacher_cache.errors import CacheError, CacheMismatch, CacheNotFound, ConfigError
+from teacher_cache.gc import LEFTOVERS, sweep
+from teacher_cache.ledger import CommitRecord, read_record, read_standing, standing_revisions
 from teacher_cache.manifest import (
+    MANIFEST,
     HeadEntry,
     Manifest,
-    Plan,
-    PlannedShard,
-    check_plan,
-    encode_plan,
     fingerprint,
     read_manifest,
-    read_plan,
     require_identity,
 )
-from teacher_cache.schema import SkippedSample, TeacherHead, TeacherTargets
-from teacher_cache.seal import LEFTOVERS, seal_if_complete
-from teacher_cache.shard import checksum, write_shard
-from teacher_cache.storage import (
-    COMMITS,
-    MANIFEST,
-    SHARDS,
-    STAGING,
-    digest_file,
-    local_root,
-    make_folder,
-    move_folder,
-    publish,
-    publish_bytes,
-    remove,
-    sync_folder,
-    sync_tree,
+from teacher_cache.plan import (
+    Plan,
+    PlannedShard,
+    append_generation,
+    check_plan,
+    first_generation,
+    read_plan,
+    require_samples,
 )
+from teacher_cache.schema import SkippedSample, TeacherHead, TeacherTargets
+from teacher_cache.shard_attempt import ShardAttempt
+from teacher_cache.snapshot import publish_snapshot
+from teacher_cache.storage import Store, local_file, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -55,40 +45,70 @@ def create_or_open_builder(
     plan: Sequence[PlannedShard],
     provenance: dict[str, Any],
     head: TeacherHead | None,
+    codec: RowCodec = "exact",
+    compression: Compression = "none",
+    sharing: Sharing = "private",
+    extend: bool = False,
 ) -> "CacheWriter":
     """Create a cache, or open one that holds the same content to go on with it.
 
-    A cache that exists keeps its own plan: the asked plan may group the same samples in another way.
+    A cache that exists keeps its own plan: the asked plan may group the same samples in another way, or name some of
+    them only. With ``extend``, shards of samples that the cache does not plan yet are added to its plan.
 
     Raises:
-        CacheMismatch: the existing cache has another identity or other samples.
+        CacheMismatch: the existing cache has another identity, codec or other samples.
         ConfigError: the identity has no stable form, or the plan or the URI cannot be used.
     """
-    root = local_root(uri)
     asked = check_plan(plan)
-    identity, provenance = plain_json(identity), plain_json(provenance)
+    identity, provenance = plain_json({**identity, "codec": codec}), plain_json(provenance)
+    store = open_store(uri)
     try:
-        manifest = read_manifest(root)
+        manifest = read_manifest(store)
     except CacheNotFound:
-        manifest = _create(root, identity=identity, plan=asked, provenance=provenance, head=head)
+        store = open_store(uri, create=True, sharing=sharing)
+        manifest = _create(store, identity=identity, plan=asked, provenance=provenance, head=head, codec=codec)
     require_identity(manifest, asked=identity, where=uri)
-    stored = read_plan(root, manifest)
-    _require_same_samples(stored=stored, asked=asked, where=uri)
-    seal_if_complete(root, manifest=manifest, plan=stored)
-    return CacheWriter(uri=uri, fingerprint=manifest.fingerprint)
+    stored = read_plan(store, manifest)
+    digests = Plan(shards=asked, generations=()).digests()
+    require_samples(stored, asked=digests, where=uri, extend=extend)
+    if new := _new_shards(stored, asked=asked):
+        append_generation(store, manifest, stored=stored, shards=new)
+    writer = CacheWriter(uri=uri, fingerprint=manifest.fingerprint, compression=compression)
+    writer.complete()
+    return writer
 
 
 @dataclass(frozen=True)
 class CacheWriter:
-    """Commits shards of one cache. Pickles as its two fields, so it can be sent to workers."""
+    """Commits shards of one cache. Pickles as its fields, so it can be sent to workers."""
 
     uri: str
     fingerprint: str
+    compression: Compression = "none"
 
     def missing_shards(self) -> list[PlannedShard]:
         """Return the planned shards that are not committed, in planned order."""
-        done = {shard.shard_id for shard in committed_shards(self._root, self._plan)}
-        return [shard for shard in self._plan.shards if shard.shard_id not in done]
+        standing = standing_revisions(self.store)
+        withdrawn = {
+            shard.shard_id
+            for shard in self.plan.shards
+            if standing.get(shard.shard_id, 0) > 0 and self._record(shard, standing).withdrawn is not None
+        }
+        done = standing.keys() - withdrawn
+        return [shard for shard in self.plan.shards if shard.shard_id not in done]
+
+    def start_shard(self, shard_id: str) -> ShardAttempt:
+        """Start to write a shard sample by sample.
+
+        Raises:
+            CacheMismatch: the shard is not planned.
+        """
+        shard = next((shard for shard in self.plan.shards if shard.shard_id == shard_id), None)
+        if shard is None:
+            raise CacheMismatch(f"shard {shard_id!r} is not planned in {self.uri}; take shards from missing_shards()")
+        standing = standing_revisions(self.store)
+        previous = self._record(shard, standing) if shard_id in standing else None
+        return ShardAttempt(self, shard, previous=previous)
 
     def commit_shard(
         self,
@@ -105,52 +125,62 @@ class CacheWriter:
 
         Raises:
             CacheMismatch: the samples are not the planned ones.
-            TeacherError: targets fail their checks; nothing is written.
-            CacheError: the file system refused a step; the shard may be tried again.
+            TeacherError: targets fail their checks; nothing is committed.
+            CacheError: the store refused a step; the shard may be tried again.
         """
-        shard = self._planned(shard_id)
-        targets = _in_planned_order(shard, targets=targets, skipped=skipped, digests=sample_digests)
-        if record_path(self._root, shard_id).exists():
-            return self._standing_record(shard)
-        arrays = self._encode(targets)
-        attempt = uuid.uuid4().hex
-        record = CommitRecord(
-            shard_id=shard_id,
-            attempt=attempt,
-            fingerprint=self.fingerprint,
-            layout=layout_of(targets[0]) if targets else None,
-            samples=_sample_table(targets, arrays=arrays, digests=sample_digests),
-            skipped=tuple(replace(sample, message=_as_unicode(sample.message)) for sample in skipped),
-            files={},
-            provenance=plain_json(provenance),
-        )
-        try:
-            won = self._commit(record, arrays)
-        except OSError as error:
-            swept = isinstance(error, FileNotFoundError) and record_path(self._root, shard_id).exists()
-            if not swept:
-                size = sum(array.nbytes for sample in arrays for array in sample.values())
-                raise CacheError(f"shard {shard_id}: cannot write {size} bytes to {self._root}: {error}") from error
-            won = False
-        finally:
-            remove(self._root / STAGING / f"{shard_id}-{attempt}")
-        if not won:
-            logger.info("shard %s: another attempt committed it first; this one is dropped", shard_id)
-            remove(record.folder(self._root))
-        else:
-            seal_if_complete(self._root, manifest=self._manifest, plan=self._plan)
-        return self._standing_record(shard)
+        with self.start_shard(shard_id) as attempt:
+            attempt.require_planned([sample.sample_id for sample in targets], skipped=skipped, digests=sample_digests)
+            order = {sample_id: place for place, sample_id in enumerate(attempt.shard.sample_ids)}
+            for sample in sorted(targets, key=lambda sample: order[sample.sample_id]):
+                attempt.append(sample)
+            record = attempt.commit(
+                skipped=[replace(sample, message=_as_unicode(sample.message)) for sample in skipped],
+                provenance=provenance,
+            )
+        self._open_shards.discard(shard_id)
+        if not self._open_shards:
+            self.complete()
+        return record
+
+    def complete(self) -> bool:
+        """Make the snapshot of a complete cache and remove what lost attempts left; say whether it is complete.
+
+        Any number of processes may do this at once.
+
+        Raises:
+            CacheError: the store refused a step.
+        """
+        standing = standing_revisions(self.store)
+        if any(shard.shard_id not in standing for shard in self.plan.shards):
+            return False
+        records = list(read_standing(self.store, self.plan, fingerprint=self.fingerprint).values())
+        if any(record.withdrawn is not None for record, _ in records):
+            return False
+        publish_snapshot(self.store, manifest=self.manifest, plan=self.plan, records=records)
+        sweep(self.store, records=[record for record, _ in records])
+        return True
+
+    def standing_record(self, shard: PlannedShard) -> CommitRecord:
+        """Return the record that stands for a committed shard, once its name is durable."""
+        self.store.sync("commits")
+        return self._record(shard, standing_revisions(self.store))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CacheWriter, (self.uri, self.fingerprint)
+        return CacheWriter, (self.uri, self.fingerprint, self.compression)
 
     @cached_property
-    def _root(self) -> Path:
-        return local_root(self.uri)
+    def store(self) -> Store:
+        """The files of the cache."""
+        return open_store(self.uri)
 
     @cached_property
-    def _manifest(self) -> Manifest:
-        manifest = read_manifest(self._root)
+    def manifest(self) -> Manifest:
+        """The manifest that was there when the writer was opened.
+
+        Raises:
+            CacheMismatch: another cache has taken its place.
+        """
+        manifest = read_manifest(self.store)
         if manifest.fingerprint != self.fingerprint:
             raise CacheMismatch(
                 f"{self.uri} now holds cache {manifest.fingerprint[:16]}, but {self.fingerprint[:16]} was opened; "
@@ -159,136 +189,84 @@ class CacheWriter:
         return manifest
 
     @cached_property
-    def _plan(self) -> Plan:
-        return read_plan(self._root, self._manifest)
+    def plan(self) -> Plan:
+        """All planned shards."""
+        return read_plan(self.store, self.manifest)
 
-    def _planned(self, shard_id: str) -> PlannedShard:
-        for shard in self._plan.shards:
-            if shard.shard_id == shard_id:
-                return shard
-        raise CacheMismatch(f"shard {shard_id!r} is not planned in {self.uri}; take shards from missing_shards()")
+    @cached_property
+    def head(self) -> TeacherHead | None:
+        """The stored teacher head."""
+        entry = self.manifest.teacher_head
+        if entry is None:
+            return None
+        with local_file(self.store, entry.file) as path:
+            return load_teacher_head(path)
 
-    def _standing_record(self, shard: PlannedShard) -> CommitRecord:
-        sync_folder(self._root / COMMITS)
-        return read_record(self._root, shard, fingerprint=self.fingerprint)
+    @cached_property
+    def _open_shards(self) -> set[str]:
+        """Shards that this writer has not seen committed: with the last of them it looks whether all are."""
+        return {shard.shard_id for shard in self.missing_shards()}
 
-    def _encode(self, targets: Sequence[TeacherTargets]) -> list[dict[str, np.ndarray]]:
-        if not targets:
-            return []
-        head, layout = self._manifest.teacher_head, layout_of(targets[0])
-        if head is not None and layout.hidden_size != head.hidden_size:
-            raise TeacherError(
-                f"sample {targets[0].sample_id!r}: hidden_states has {layout.hidden_size} columns, "
-                f"the stored teacher head takes {head.hidden_size}"
-            )
-        vocab_size = None if head is None else head.vocab_size
-        return [encode_targets(sample, layout=layout, vocab_size=vocab_size) for sample in targets]
-
-    def _commit(self, record: CommitRecord, arrays: Sequence[Mapping[str, np.ndarray]]) -> bool:
-        if record.layout is not None:
-            staged = self._root / STAGING / f"{record.shard_id}-{record.attempt}"
-            attributes = {
-                "genrecal_fingerprint": record.fingerprint,
-                "genrecal_shard_id": record.shard_id,
-                "sample_ids": list(record.samples.sample_id),
-            }
-            offsets = record.samples.offsets()
-            write_shard(staged, arrays, layout=record.layout, offsets=offsets, attributes=attributes)
-            record = record.model_copy(update={"files": sync_tree(staged)})
-            move_folder(staged, record.folder(self._root))
-        data = record.encode()
-        return publish_bytes(data, record_path(self._root, record.shard_id), staging=self._root / STAGING)
+    def _record(self, shard: PlannedShard, standing: dict[str, int]) -> CommitRecord:
+        revision = standing[shard.shard_id]
+        return read_record(self.store, shard, revision=revision, fingerprint=self.fingerprint)[0]
 
 
 def _create(
-    root: Path, *, identity: dict[str, Any], plan: Plan, provenance: dict[str, Any], head: TeacherHead | None
+    store: Store,
+    *,
+    identity: dict[str, Any],
+    plan: Sequence[PlannedShard],
+    provenance: dict[str, Any],
+    head: TeacherHead | None,
+    codec: RowCodec,
 ) -> Manifest:
-    if root.exists():
-        foreign = sorted(path.name for path in root.iterdir() if not LEFTOVERS.fullmatch(path.name))
-        if foreign:
-            raise ConfigError(f"{root} holds no cache but other files ({', '.join(foreign[:3])}); give an empty folder")
     try:
-        for name in (SHARDS, COMMITS, STAGING):
-            make_folder(root / name)
-        plan_bytes, plan_entry = encode_plan(plan)
-        publish_bytes(plan_bytes, root / plan_entry.file, staging=root / STAGING)
+        foreign = [entry.name for entry in store.list("") if not LEFTOVERS.fullmatch(entry.name)]
+        if foreign and MANIFEST not in foreign:
+            raise ConfigError(
+                f"{store.uri} holds no cache but other files ({', '.join(foreign[:3])}); give an empty folder"
+            )
+        plan_bytes, plan_entry = first_generation(plan)
+        if not store.create(plan_entry.file, plan_bytes):
+            raise CacheError(f"{store.uri}/{plan_entry.file} holds other bytes than its name says; remove it")
         manifest = Manifest(
             identity=identity,
             fingerprint=fingerprint(identity),
+            codec=codec,
             plan=plan_entry,
-            teacher_head=None if head is None else _store_head(root, head),
+            teacher_head=None if head is None else _store_head(store, head),
             provenance=provenance,
         )
-        publish_bytes(manifest.encode(), root / MANIFEST, staging=root / STAGING)
+        store.create(MANIFEST, manifest.encode())
     except OSError as error:
-        raise CacheError(f"cannot create a cache at {root}: {error}") from error
-    return read_manifest(root)
+        raise CacheError(f"cannot create a cache at {store.uri}: {error}") from error
+    return read_manifest(store)
 
 
-def _store_head(root: Path, head: TeacherHead) -> HeadEntry:
-    staged = root / STAGING / f"teacher_head.{uuid.uuid4().hex}"
-    save_teacher_head(head, staged)
-    digest = digest_file(staged)
+def _store_head(store: Store, head: TeacherHead) -> HeadEntry:
+    data = encode_teacher_head(head)
+    digest = digest_bytes(data)
+    name = f"teacher_head-{digest.blake3[:16]}.safetensors"
+    if not store.create(name, data):
+        raise CacheError(f"{store.uri}/{name} holds other bytes than its name says; remove it and build again")
     vocab_size, hidden_size = head.weight.shape
-    entry = HeadEntry(
-        file=f"teacher_head-{digest.sha256[:16]}.safetensors",
-        digest=digest,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-    )
-    publish(staged, root / entry.file)
-    return entry
+    return HeadEntry(file=name, digest=digest, vocab_size=vocab_size, hidden_size=hidden_size)
 
 
-def _sample_table(
-    targets: Sequence[TeacherTargets], *, arrays: Sequence[Mapping[str, np.ndarray]], digests: dict[str, str]
-) -> SampleTable:
-    lengths = [axis_lengths(sample.spans, num_tokens=len(sample.token_ids)) for sample in targets]
-    return SampleTable(
-        sample_id=tuple(sample.sample_id for sample in targets),
-        digest=tuple(digests[sample.sample_id] for sample in targets),
-        num_tokens=tuple(row["tokens"] for row in lengths),
-        num_turns=tuple(row["turns"] for row in lengths),
-        answer_tokens=tuple(row["answer_tokens"] for row in lengths),
-        question_rows=tuple(
-            None if sample.question_hidden_states is None else row["tier_q"]
-            for sample, row in zip(targets, lengths, strict=True)
-        ),
-        crc32={name: tuple(checksum(sample[name]) for sample in arrays) for name in (arrays[0] if arrays else ())},
-    )
-
-
-def _in_planned_order(
-    shard: PlannedShard,
-    *,
-    targets: Sequence[TeacherTargets],
-    skipped: Sequence[SkippedSample],
-    digests: dict[str, str],
-) -> list[TeacherTargets]:
-    found = [sample.sample_id for sample in targets] + [sample.sample_id for sample in skipped]
-    if sorted(found) != sorted(shard.sample_ids):
-        absent, extra = set(shard.sample_ids) - set(found), set(found) - set(shard.sample_ids)
-        raise CacheMismatch(
-            f"shard {shard.shard_id}: {len(shard.sample_ids)} samples are planned, {len(found)} were given; "
-            f"absent {sorted(absent)[:5]}, not planned {sorted(extra)[:5]}; give each planned sample once"
-        )
-    undigested = sorted(sample.sample_id for sample in targets if sample.sample_id not in digests)
-    if undigested:
-        raise CacheMismatch(f"shard {shard.shard_id}: sample_digests lacks {undigested[:5]}")
-    order = {sample_id: index for index, sample_id in enumerate(shard.sample_ids)}
-    return sorted(targets, key=lambda sample: order[sample.sample_id])
+def _new_shards(stored: Plan, *, asked: Sequence[PlannedShard]) -> list[PlannedShard]:
+    """Return the asked shards that hold new samples; a shard must not mix them with stored ones."""
+    planned = stored.digests()
+    new = [shard for shard in asked if any(sample_id not in planned for sample_id in shard.sample_ids)]
+    for shard in new:
+        known = [sample_id for sample_id in shard.sample_ids if sample_id in planned]
+        if known:
+            raise ConfigError(
+                f"shard {shard.shard_id}: it mixes new samples with stored ones, first {known[0]!r}; plan new samples apart"
+            )
+    return new
 
 
 def _as_unicode(text: str) -> str:
     """Escape the lone surrogates that stand for undecodable bytes in file names."""
     return text.encode(errors="backslashreplace").decode()
-
-
-def _require_same_samples(*, stored: Plan, asked: Plan, where: str) -> None:
-    left = {sample_id for shard in stored.shards for sample_id in shard.sample_ids}
-    right = {sample_id for shard in asked.shards for sample_id in shard.sample_ids}
-    if left != right:
-        raise CacheMismatch(
-            f"the cache at {where} was planned for other samples: {len(left)} stored, {len(right)} asked; only stored "
-            f"{sorted(left - right)[:5]}, only asked {sorted(right - left)[:5]}; give the run another cache uri"
-        )

@@ -1,5 +1,6 @@
 """The report of a synthetic run: real data, cache, evaluation and feature files, drawn from a seed."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -20,10 +21,16 @@ from launch.report.examples import data_uri
 from launch.report.figures import format_bytes
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import DataError
-from teacher_cache.manifest import PlannedShard
+from teacher_cache.plan import PlannedShard
 from teacher_cache.samples import read_samples
 from teacher_cache.schema import Span, TeacherHead, TeacherTargets
 from teacher_cache.writer import create_or_open_builder
+
+
+
+def digest_of(sample_id: str) -> str:
+    return hashlib.sha256(sample_id.encode()).hexdigest()
+
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 STUDENTS = ("internvl", "llava")
@@ -141,13 +148,16 @@ def write_cache(path: Path) -> None:
     writer = create_or_open_builder(
         str(path),
         identity={"teacher": {"digest": "0"}, "processing": {}, "data": {}, "targets": {}, "tap": "final-norm"},
-        plan=[PlannedShard(shard_id="s0", sample_ids=ids[:4]), PlannedShard(shard_id="s1", sample_ids=ids[4:])],
+        plan=[
+            PlannedShard(shard_id=shard_id, sample_ids=chosen, sample_digests=tuple(map(digest_of, chosen)))
+            for shard_id, chosen in (("s0", ids[:4]), ("s1", ids[4:]))
+        ],
         provenance={"engine": "vllm", "versions": {"vllm": "0.32.0", "torch": "2.13.0"}},
         head=TeacherHead(weight=torch.randn(VOCABULARY, HIDDEN, generator=random)),
     )
     for number, shard in enumerate(writer.missing_shards()):
         targets = [cached_sample(sample_id, random=random) for sample_id in shard.sample_ids]
-        digests = {sample_id: f"{index:064x}" for index, sample_id in enumerate(shard.sample_ids)}
+        digests = {sample_id: digest_of(sample_id) for sample_id in shard.sample_ids}
         writer.commit_shard(
             shard.shard_id, targets, sample_digests=digests, skipped=(), provenance={"actor": f"actor-{number}"}
         )

@@ -1,5 +1,6 @@
 """Random targets and small caches for the storage tests."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from teacher_cache.ledger import CommitRecord
-from teacher_cache.manifest import PlannedShard
+from teacher_cache.plan import PlannedShard
 from teacher_cache.schema import Span, TeacherHead, TeacherTargets, predicting_rows, question_row_mask, tier_a_rows
 from teacher_cache.writer import CacheWriter, create_or_open_builder
 
@@ -16,7 +17,6 @@ HIDDEN, TOPK, VOCAB = 8, 4, 50
 IDENTITY: dict[str, Any] = {
     "teacher": {"weights": "3f2a", "dtype": "bfloat16"},
     "processing": {"chat_template": "77", "max_length": 4096},
-    "data": {"samples": "c0ffee"},
     "targets": {"topk": TOPK, "question_fraction": 0.5},
     "tap": "final-norm",
 }
@@ -59,10 +59,18 @@ def make_samples(num_samples: int, **kwargs: Any) -> list[TeacherTargets]:
     ]
 
 
+def digest_of(sample_id: str) -> str:
+    return hashlib.sha256(sample_id.encode()).hexdigest()
+
+
 def make_plan(samples: Sequence[TeacherTargets], *, per_shard: int) -> list[PlannedShard]:
     ids = [sample.sample_id for sample in samples]
     return [
-        PlannedShard(shard_id=f"{start // per_shard:05d}", sample_ids=tuple(ids[start : start + per_shard]))
+        PlannedShard(
+            shard_id=f"{start // per_shard:05d}",
+            sample_ids=tuple(ids[start : start + per_shard]),
+            sample_digests=tuple(digest_of(sample_id) for sample_id in ids[start : start + per_shard]),
+        )
         for start in range(0, len(ids), per_shard)
     ]
 
@@ -84,7 +92,7 @@ def open_builder(root: Path, samples: Sequence[TeacherTargets], *, per_shard: in
 
 def commit(writer: CacheWriter, shard: PlannedShard, samples: Sequence[TeacherTargets]) -> CommitRecord:
     chosen = [sample for sample in samples if sample.sample_id in shard.sample_ids]
-    digests = {sample.sample_id: f"digest of {sample.sample_id}" for sample in chosen}
+    digests = {sample.sample_id: digest_of(sample.sample_id) for sample in chosen}
     return writer.commit_shard(
         shard.shard_id, chosen, sample_digests=digests, skipped=(), provenance={"engine": "test"}
     )

@@ -23,7 +23,7 @@ from teacher_cache.build_job import METRICS_FILE
 from teacher_cache.build_plan import keeps_question_rows, open_builder, plan_shards
 from teacher_cache.config import BuildConfig, CacheConfig, DataConfig, TargetsConfig, TeacherConfig
 from teacher_cache.errors import CacheMismatch, ConfigError, DataError, TeacherError
-from teacher_cache.inspect import verify_cache
+from teacher_cache.verify import verify_cache
 from teacher_cache.reader import TeacherCache
 from teacher_cache.samples import read_samples
 from teacher_cache.shard_worker import ShardWorker

@@ -14,7 +14,8 @@ import pytest
 
 from teacher_cache import open_cache
 from teacher_cache.errors import CacheError
-from teacher_cache.inspect import cache_status, verify_cache
+from teacher_cache.inspect import cache_status
+from teacher_cache.verify import verify_cache
 from tests.teacher_cache.store import assert_same, build, commit, make_samples, open_builder
 
 SAMPLES = make_samples(4)

@@ -9,7 +9,7 @@ import pytest
 
 from teacher_cache import open_cache
 from teacher_cache.errors import CacheCorrupt, CacheError
-from teacher_cache.inspect import verify_cache
+from teacher_cache.verify import verify_cache
 from tests.teacher_cache.store import assert_same, build, flip_bit, make_samples, make_targets, open_builder
 
 SAMPLES = make_samples(3)

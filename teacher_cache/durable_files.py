@@ -1,0 +1,70 @@
+"""Digests and durable steps for folders of files that are not a cache's own: checkpoints and exports."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """Length and content of one file."""
+
+    size_bytes: int
+    blake3: str
+
+
+def digest_bytes(data: bytes) -> FileDigest:
+    """Return the digest of bytes in memory."""
+    return FileDigest(size_bytes=len(data), blake3=blake3(data).hexdigest())
+
+
+def digest_pieces(pieces: Iterable[bytes | memoryview]) -> FileDigest:
+    """Return the digest of a file that is read in pieces."""
+    hasher, size = blake3(), 0
+    for piece in pieces:
+        hasher.update(piece)
+        size += len(piece)
+    return FileDigest(size_bytes=size, blake3=hasher.hexdigest())
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Return the digest of a local file, read in pieces."""
+    with path.open("rb") as file:
+        read: Callable[[], bytes] = lambda: file.read(1 << 20)  # noqa: E731
+        return digest_pieces(iter(read, b""))
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> dict[str, FileDigest]:
+    """Make everything under a folder durable and return the digest of each file by relative path."""
+    digests = {}
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in sorted(names):
+            path = Path(parent, name)
+            digests[path.relative_to(folder).as_posix()] = digest_file(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(parent))
+    return dict(sorted(digests.items()))
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder; one that is already gone is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError):
+            path.unlink()

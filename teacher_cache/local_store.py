@@ -1,0 +1,307 @@
+"""A cache in a local folder: durable steps made of plain system calls."""
+
+import errno
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from teacher_cache.config import Sharing
+from teacher_cache.errors import CacheError
+from teacher_cache.storage import DOCUMENT_LIMIT_BYTES, FileEntry, TruncatedFile, check_name
+
+STAGING = "staging"
+"""Holds temporary files while :meth:`LocalStore.create` gives them their names."""
+
+_FOLDER_MODES: dict[Sharing, int] = {"private": 0o700, "group": 0o750}
+_MAX_BUFFERS = 512
+_CREATE_ATTEMPTS = 5
+
+
+class LocalReader:
+    """An open local file. Reads name their position, so threads and forks share it freely."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a regular file that is no link."""
+        self._path = path
+        self._descriptor = _open_regular(path)
+        self.size_bytes = os.fstat(self._descriptor).st_size
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers with the bytes from ``offset`` on."""
+        for start in range(0, len(buffers), _MAX_BUFFERS):
+            group = buffers[start : start + _MAX_BUFFERS]
+            wanted = sum(len(buffer) for buffer in group)
+            found = os.preadv(self._descriptor, group, offset)
+            if found != wanted:
+                self._finish(group, offset, done=found)
+            offset += wanted
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Ask the kernel to read ahead."""
+        os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def _finish(self, buffers: Sequence[memoryview], offset: int, *, done: int) -> None:
+        for buffer in buffers:
+            filled = min(done, len(buffer))
+            done -= filled
+            while filled < len(buffer):
+                found = os.preadv(self._descriptor, [buffer[filled:]], offset + filled)
+                if not found:
+                    raise TruncatedFile(errno.EIO, f"ends at byte {offset + filled}", str(self._path))
+                filled += found
+            offset += len(buffer)
+
+
+class LocalWriter:
+    """A new local file."""
+
+    def __init__(self, path: Path, *, mode: int) -> None:
+        """Create the file, which must not exist."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, mode)
+        self._written = 0
+
+    def write(self, buffers: Sequence[memoryview]) -> None:
+        """Append the buffers and have the kernel start to store them."""
+        start = self._written
+        for first in range(0, len(buffers), _MAX_BUFFERS):
+            group = buffers[first : first + _MAX_BUFFERS]
+            found = os.writev(self._descriptor, group)
+            self._written += found
+            _write_rest(self._descriptor, group, done=found)
+            self._written += sum(len(buffer) for buffer in group) - found
+        # on Linux this starts the write-back of dirty pages, so that the sync at the end finds little to do
+        os.posix_fadvise(self._descriptor, start, self._written - start, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Make the content durable."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def abort(self) -> None:
+        """Leave the file as it is."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> "LocalWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+class LocalStore:
+    """The files of a cache in one folder."""
+
+    def __init__(self, root: Path) -> None:
+        """Take a folder, which need not exist.
+
+        Raises:
+            CacheError: anybody may write to the folder.
+        """
+        self.root = root
+        self.uri = str(root)
+        try:
+            mode = root.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            mode = _FOLDER_MODES["private"]
+        except OSError as error:
+            raise CacheError(f"cannot look at {root}: {error}") from error
+        if mode & stat.S_IWOTH:
+            raise CacheError(f"{root} may be written by every user, so nothing in it can be trusted; run chmod o-w on it")
+        self._folder_mode = 0o700 | (mode & 0o070)
+        self._file_mode = self._folder_mode & 0o660
+
+    @classmethod
+    def create_folder(cls, root: Path, *, sharing: Sharing) -> "LocalStore":
+        """Make the folder durably, with the folders above it, unless it is there."""
+        made = []
+        for folder in [root, *root.parents]:
+            if folder.is_dir():
+                break
+            made.append(folder)
+        for folder in reversed(made):
+            folder.mkdir(mode=_FOLDER_MODES[sharing] if folder == root else 0o777, exist_ok=True)
+            if folder == root:
+                folder.chmod(_FOLDER_MODES[sharing])
+            _sync_folder(folder.parent)
+        return cls(root)
+
+    def read(self, name: str, *, limit_bytes: int = DOCUMENT_LIMIT_BYTES) -> bytes:
+        """Return a whole file."""
+        reader = self.open(name)
+        if reader.size_bytes > limit_bytes:
+            raise OSError(errno.EFBIG, f"has {reader.size_bytes} bytes, at most {limit_bytes} are expected", name)
+        data = bytearray(reader.size_bytes)
+        reader.read_into(0, [memoryview(data)])
+        return bytes(data)
+
+    def size(self, name: str) -> int | None:
+        """Return the length of a regular file."""
+        try:
+            status = self._path(name).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(self.root / name))
+        return status.st_size
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Give a free name these bytes, by a hard link, which fails when the name is taken."""
+        target = self._path(name)
+        for attempt in range(_CREATE_ATTEMPTS):
+            staged = self._stage(target.name, data)
+            try:
+                self._make_folders(target.parent)
+                os.link(staged, target)
+                won = True
+            except FileExistsError:
+                won = self.read(name) == data
+            except FileNotFoundError:
+                if attempt == _CREATE_ATTEMPTS - 1:
+                    raise
+                continue  # whoever tidied the folder took our temporary file: write it again
+            finally:
+                self._unlink(staged)
+            _sync_folder(target.parent)
+            return won
+        raise AssertionError("unreachable")
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Give a name these bytes, by a rename."""
+        target = self._path(name)
+        staged = self._stage(target.name, data)
+        try:
+            self._make_folders(target.parent)
+            os.replace(staged, target)
+        except OSError:
+            self._unlink(staged)
+            raise
+
+    def writer(self, name: str) -> LocalWriter:
+        """Start a new file."""
+        path = self._path(name)
+        self._make_folders(path.parent)
+        return LocalWriter(path, mode=self._file_mode)
+
+    def sync(self, folder: str) -> None:
+        """Make every name under a folder, and the folder's own, durable."""
+        path = self._path(folder)
+        for parent, _, _ in os.walk(path, topdown=False):
+            _sync_folder(Path(parent))
+        _sync_folder(path.parent)
+
+    def open(self, name: str) -> LocalReader:
+        """Open a file for random access."""
+        path = self._path(name)
+        real = os.path.realpath(path)
+        if not real.startswith(os.path.realpath(self.root) + os.sep):
+            raise OSError(errno.ELOOP, "leads out of the cache", str(path))
+        return LocalReader(path)
+
+    def list(self, folder: str) -> Iterator[FileEntry]:
+        """Yield every file, also those that are no regular files, by relative name."""
+        top = self._path(folder) if folder else self.root
+        found = [Path(parent, name) for parent, _, names in os.walk(top) for name in names]
+        found += [Path(parent, name) for parent, names, _ in os.walk(top) for name in names if Path(parent, name).is_symlink()]
+        for path in sorted(found):
+            try:
+                size = path.lstat().st_size
+            except FileNotFoundError:
+                continue
+            yield FileEntry(name=path.relative_to(self.root).as_posix(), size_bytes=size)
+
+    def folders(self, folder: str) -> tuple[str, ...]:
+        """Return the names of the folders in a folder."""
+        try:
+            with os.scandir(self._path(folder)) as entries:
+                return tuple(sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False)))
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+
+    def remove(self, name: str) -> None:
+        """Delete a file, a link or a folder."""
+        path = self.root / name
+        if name.startswith("/") or ".." in path.parts or path == self.root:
+            raise OSError(errno.EINVAL, "leads out of the cache", name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            self._unlink(path)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return LocalStore, (self.root,)
+
+    def _path(self, name: str) -> Path:
+        return self.root / check_name(name)
+
+    def _make_folders(self, folder: Path) -> None:
+        if folder.is_dir():
+            return
+        self._make_folders(folder.parent)
+        try:
+            os.mkdir(folder, self._folder_mode)
+        except FileExistsError:
+            return
+        os.chmod(folder, self._folder_mode)
+        _sync_folder(folder.parent)
+
+    def _stage(self, name: str, data: bytes) -> Path:
+        staged = self.root / STAGING / f"{name}.{uuid.uuid4().hex}"
+        self._make_folders(staged.parent)
+        try:
+            with LocalWriter(staged, mode=self._file_mode) as file:
+                file.write([memoryview(data)])
+        except OSError:
+            self._unlink(staged)
+            raise
+        return staged
+
+    def _unlink(self, path: Path) -> None:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+
+def _open_regular(path: Path) -> int:
+    # without O_NONBLOCK a pipe under this name would block for ever
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return descriptor
+
+
+def _write_rest(descriptor: int, buffers: Sequence[memoryview], *, done: int) -> None:
+    for buffer in buffers:
+        skip = min(done, len(buffer))
+        done -= skip
+        while skip < len(buffer):
+            skip += os.write(descriptor, buffer[skip:])
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,86 @@
+"""Repair: gives up what is damaged, so that the next build computes it again and nothing else."""
+
+import uuid
+from dataclasses import dataclass
+
+from teacher_cache.errors import CacheError
+from teacher_cache.ledger import SHARDS, CommitRecord, no_rows, record_name, standing_revisions
+from teacher_cache.manifest import Manifest, read_manifest
+from teacher_cache.snapshot import INDEX, SNAPSHOTS
+from teacher_cache.storage import Store, open_store
+from teacher_cache.verify import Problem, verify_cache
+from teacher_cache.writer import CacheWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairReport:
+    """What a repair did."""
+
+    uri: str
+    withdrawn_shards: tuple[str, ...]
+    """To be computed again by the next build."""
+    removed: tuple[str, ...]
+    """Damaged or unknown files that are written again, or were never part of the cache."""
+    rewritten: bool
+    """A snapshot was written from the commit records."""
+    beyond_repair: tuple[Problem, ...]
+    """What neither a build nor this command can restore."""
+
+
+def repair_cache(uri: str) -> RepairReport:
+    """Verify every byte, withdraw the shards that are damaged, and write damaged snapshots again.
+
+    Raises:
+        CacheNotFound: there is no cache.
+        CacheCorrupt: the manifest or the plan was changed: no shard can be told from it any more.
+    """
+    store = open_store(uri)
+    manifest = read_manifest(store)
+    problems = verify_cache(uri).problems
+    damaged = list(dict.fromkeys(problem.shard_id for problem in problems if problem.shard_id is not None))
+    for shard_id in damaged:
+        _withdraw(store, manifest, shard_id)
+    fixed = (manifest.plan.file, "" if manifest.teacher_head is None else manifest.teacher_head.file)
+    beyond = [problem for problem in problems if problem.path in fixed]
+    snapshots = [problem.path for problem in problems if problem.path.startswith(f"{SNAPSHOTS}/")]
+    removable = [
+        problem.path
+        for problem in problems
+        if problem not in beyond and problem.kind != "missing" and not problem.path.startswith(f"{SHARDS}/")
+    ]
+    for name in removable:
+        store.remove(name)
+    lost_index = any(problem.path.startswith(f"{INDEX}/") for problem in problems)
+    rewritten = bool(snapshots or lost_index) and not damaged
+    if rewritten:
+        CacheWriter(uri=uri, fingerprint=manifest.fingerprint).complete()
+    return RepairReport(
+        uri=uri,
+        withdrawn_shards=tuple(damaged),
+        removed=tuple(removable),
+        rewritten=rewritten,
+        beyond_repair=tuple(beyond),
+    )
+
+
+def _withdraw(store: Store, manifest: Manifest, shard_id: str) -> None:
+    """Commit a revision that takes the shard back."""
+    revision = standing_revisions(store).get(shard_id, -1) + 1
+    record = CommitRecord(
+        shard_id=shard_id,
+        revision=revision,
+        attempt=uuid.uuid4().hex,
+        fingerprint=manifest.fingerprint,
+        withdrawn="damaged",
+        sample_ids=(),
+        rows=no_rows(),
+        skipped=(),
+        layout=None,
+        files={},
+        provenance={},
+    )
+    try:
+        if not store.create(record_name(shard_id, revision), record.encode()):
+            raise CacheError(f"shard {shard_id}: another process changed it during the repair; run the repair again")
+    except OSError as error:
+        raise CacheError(f"shard {shard_id}: cannot withdraw it in {store.uri}: {error}") from error

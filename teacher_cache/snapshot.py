@@ -1,0 +1,121 @@
+"""Snapshots: numbered, immutable states of a complete cache, each with one index over all its samples.
+
+A reader opens the highest snapshot, or the one it is given; neither lists a folder. An extension, a repair or the
+removal of a tier makes the next one.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from pydantic import JsonValue
+
+from teacher_cache.documents import encode_document
+from teacher_cache.durable_files import FileDigest, digest_bytes
+from teacher_cache.errors import CacheCorrupt, CacheError
+from teacher_cache.ledger import CommitRecord
+from teacher_cache.manifest import MANIFEST, Manifest, StoredModel, parse_model, read_document
+from teacher_cache.plan import Plan, generation_name
+from teacher_cache.sample_index import SampleIndex
+from teacher_cache.storage import Store
+
+logger = logging.getLogger(__name__)
+
+SNAPSHOTS: Final = "snapshots"
+INDEX: Final = "index"
+
+
+class Snapshot(StoredModel):
+    """Content of snapshots/<number>.json."""
+
+    number: int
+    fingerprint: str
+    """Of the manifest."""
+    data: dict[str, JsonValue]
+    """What identifies the samples, those that were skipped included."""
+    index: str
+    """Name of the index."""
+    files: dict[str, FileDigest]
+    """Manifest, plan, teacher head and index; the index names the commit records."""
+
+
+def snapshot_name(number: int) -> str:
+    """Return where a snapshot lies."""
+    return f"{SNAPSHOTS}/{number:08}.json"
+
+
+def latest_snapshot(store: Store) -> int | None:
+    """Return the highest number of a snapshot, or None; numbers have no gaps, so few requests are enough.
+
+    Raises:
+        CacheError: the store does not answer.
+    """
+    try:
+        step = 1
+        while store.size(snapshot_name(step - 1)) is not None:
+            step *= 2
+        low, high = step // 2 - 1, step - 1  # ``low`` exists (or is -1), ``high`` does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if store.size(snapshot_name(middle)) is not None else (low, middle)
+    except OSError as error:
+        raise CacheError(f"cannot look for snapshots in {store.uri}: {error}") from error
+    return low if low >= 0 else None
+
+
+def read_snapshot(store: Store, number: int, *, fingerprint: str) -> Snapshot:
+    """Read and check a snapshot.
+
+    Raises:
+        CacheCorrupt: it is missing, was changed, or belongs to another cache.
+    """
+    where = f"{store.uri}/{snapshot_name(number)}"
+    snapshot = parse_model(
+        Snapshot, read_document(store, snapshot_name(number), where=f"snapshot {number}"), where=where
+    )
+    if (snapshot.number, snapshot.fingerprint) != (number, fingerprint):
+        raise CacheCorrupt(
+            f"{where} is snapshot {snapshot.number} of cache {snapshot.fingerprint[:16]}, "
+            f"expected {number} of {fingerprint[:16]}"
+        )
+    if snapshot.index not in snapshot.files:
+        raise CacheCorrupt(f"{where} gives no digest of its index {snapshot.index!r}")
+    return snapshot
+
+
+def publish_snapshot(
+    store: Store, *, manifest: Manifest, plan: Plan, records: Sequence[tuple[CommitRecord, FileDigest]]
+) -> int:
+    """Make a snapshot of a complete cache, unless the latest one is of the same state; return its number.
+
+    Any number of processes may do this at once: from the same records they write the same bytes.
+
+    Raises:
+        CacheError: the store refused a step; opening the builder again tries once more.
+    """
+    digests = plan.digests()
+    index = SampleIndex.from_records(records, digests=digests).encode()
+    index_digest = digest_bytes(index)
+    name = f"{INDEX}/{index_digest.blake3[:16]}.safetensors"
+    files = {MANIFEST: digest_bytes(manifest.encode()), name: index_digest}
+    files |= {generation_name(number, manifest): digest for number, digest in enumerate(plan.generations)}
+    if manifest.teacher_head is not None:
+        files[manifest.teacher_head.file] = manifest.teacher_head.digest
+    try:
+        while True:
+            latest = latest_snapshot(store)
+            if latest is not None and read_snapshot(store, latest, fingerprint=manifest.fingerprint).files == files:
+                return latest
+            number = 0 if latest is None else latest + 1
+            snapshot = Snapshot(
+                number=number, fingerprint=manifest.fingerprint, data=plan.data, index=name, files=dict(sorted(files.items()))
+            )
+            if not store.create(name, index):
+                raise CacheCorrupt(f"{store.uri}/{name} holds other bytes than its name says; remove it")
+            if store.create(snapshot_name(number), encode_document(snapshot.model_dump(mode="json"))):
+                break
+    except OSError as error:
+        raise CacheError(f"{store.uri}: all shards are committed, but the snapshot cannot be written: {error}") from error
+    logger.info("%s is complete: snapshot %d of %d shards, %d samples", store.uri, number, len(plan.shards), len(digests))
+    return number
+
