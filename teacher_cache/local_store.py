@@ -126,7 +126,9 @@ class LocalStore:
         except OSError as error:
             raise CacheError(f"cannot look at {root}: {error}") from error
         if mode & stat.S_IWOTH:
-            raise CacheError(f"{root} may be written by every user, so nothing in it can be trusted; run chmod o-w on it")
+            raise CacheError(
+                f"{root} may be written by every user, so nothing in it can be trusted; run chmod o-w on it"
+            )
         self._folder_mode = 0o700 | (mode & 0o070)
         self._file_mode = self._folder_mode & 0o660
 
@@ -221,7 +223,9 @@ class LocalStore:
         """Yield every file, also those that are no regular files, by relative name."""
         top = self._path(folder) if folder else self.root
         found = [Path(parent, name) for parent, _, names in os.walk(top) for name in names]
-        found += [Path(parent, name) for parent, names, _ in os.walk(top) for name in names if Path(parent, name).is_symlink()]
+        found += [
+            Path(parent, name) for parent, names, _ in os.walk(top) for name in names if Path(parent, name).is_symlink()
+        ]
         for path in sorted(found):
             try:
                 size = path.lstat().st_size

@@ -23,6 +23,7 @@ VERSION: Final = 2
 
 T = TypeVar("T", bound=BaseModel)
 
+
 class StoredModel(BaseModel):
     """Strict, frozen model of a stored document."""
 

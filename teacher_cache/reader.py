@@ -1,7 +1,6 @@
 """Opens caches for reading: checked on open, random access by sample id, verified rows."""
 
 import threading
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache

@@ -87,7 +87,9 @@ class SampleIndex:
         self._first_turn = np.concatenate([[0], np.cumsum([shard.turns for shard in self.shards], dtype=np.int64)])
         lengths = {len(columns.id_offsets) - 1, *(len(column) for column in self._per_sample())}
         if lengths != {int(self.first_sample[-1])} or len(columns.spans) != int(self._first_turn[-1]):
-            raise CacheCorrupt(f"{where}: its columns have {sorted(lengths)} rows, {self.first_sample[-1]} are expected")
+            raise CacheCorrupt(
+                f"{where}: its columns have {sorted(lengths)} rows, {self.first_sample[-1]} are expected"
+            )
         self.rows_of_shard = lru_cache(maxsize=_SHARD_TABLES)(self._rows_of_shard)
 
     @classmethod
@@ -107,9 +109,7 @@ class SampleIndex:
         keys = np.array([_key(sample_id) for sample_id in ids], dtype=np.uint64)
         order = np.argsort(keys, kind="stable")
         layouts = [record.layout for record, _ in chosen if record.layout is not None]
-        rows = join_rows(
-            (record.rows for record, _ in chosen), arrays=len(stored_fields(layouts[0])) if layouts else 0
-        )
+        rows = join_rows((record.rows for record, _ in chosen), arrays=len(stored_fields(layouts[0])) if layouts else 0)
         entries = [_entry(record, digest) for record, digest in chosen]
         columns = _Columns(
             id_bytes=np.frombuffer(b"".join(encoded), dtype=np.uint8),
@@ -140,7 +140,9 @@ class SampleIndex:
 
     def encode(self) -> bytes:
         """Return the bytes of the index, the same for the same shards."""
-        return save({field.name: np.ascontiguousarray(getattr(self._columns, field.name)) for field in fields(_Columns)})
+        return save(
+            {field.name: np.ascontiguousarray(getattr(self._columns, field.name)) for field in fields(_Columns)}
+        )
 
     @cached_property
     def sample_ids(self) -> tuple[str, ...]:

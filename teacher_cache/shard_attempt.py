@@ -183,9 +183,7 @@ class ShardAttempt:
 
     def _layout_for(self, targets: TeacherTargets) -> Layout:
         if self._layout is None:
-            layout = layout_of(
-                targets, codec=self._writer.manifest.codec, compression=self._writer.compression
-            )
+            layout = layout_of(targets, codec=self._writer.manifest.codec, compression=self._writer.compression)
             head = self._writer.manifest.teacher_head
             if head is not None and layout.hidden_size != head.hidden_size:
                 raise TeacherError(

@@ -74,7 +74,7 @@ class ShardReader:
             try:
                 self._require_present(name, rows)
                 result = np.empty(shape, dtype=geometry.field.dtype)
-                self._read_into(name, rows.start, memoryview(result.reshape(-1)).cast("B"))
+                self._read_into(name, rows.start, result.reshape(-1).data.cast("B"))
             except (FileNotFoundError, NotADirectoryError, TruncatedFile, ValueError) as error:
                 raise self._corrupt(name, rows.sample_id, f"{type(error).__name__}: {error}") from error
             except OSError as error:

@@ -61,7 +61,7 @@ class ShardWriter:
         table = _ArrayWriter(self, OFFSETS, field=offsets_field(), compression="none")
         table.append(np.stack([offsets[axis] for axis in AXES], axis=1))
         files = {"zarr.json": self.write_file("zarr.json", group_metadata(attributes))}
-        for name, array in self._arrays.items():
+        for array in self._arrays.values():
             files |= array.finish(attributes={})
         files |= table.finish(attributes={"columns": list(AXES)})
         self._store.sync(self._folder)
@@ -184,4 +184,4 @@ def _update(hasher: blake3, buffers: list[memoryview]) -> None:
 
 def _bytes_of(rows: Shaped[np.ndarray, "rows ..."]) -> memoryview:
     # an array without elements cannot be cast to bytes
-    return memoryview(np.ascontiguousarray(rows)).cast("B") if rows.size else memoryview(b"")
+    return np.ascontiguousarray(rows).data.cast("B") if rows.size else memoryview(b"")

@@ -108,14 +108,21 @@ def publish_snapshot(
                 return latest
             number = 0 if latest is None else latest + 1
             snapshot = Snapshot(
-                number=number, fingerprint=manifest.fingerprint, data=plan.data, index=name, files=dict(sorted(files.items()))
+                number=number,
+                fingerprint=manifest.fingerprint,
+                data=plan.data,
+                index=name,
+                files=dict(sorted(files.items())),
             )
             if not store.create(name, index):
                 raise CacheCorrupt(f"{store.uri}/{name} holds other bytes than its name says; remove it")
             if store.create(snapshot_name(number), encode_document(snapshot.model_dump(mode="json"))):
                 break
     except OSError as error:
-        raise CacheError(f"{store.uri}: all shards are committed, but the snapshot cannot be written: {error}") from error
-    logger.info("%s is complete: snapshot %d of %d shards, %d samples", store.uri, number, len(plan.shards), len(digests))
+        raise CacheError(
+            f"{store.uri}: all shards are committed, but the snapshot cannot be written: {error}"
+        ) from error
+    logger.info(
+        "%s is complete: snapshot %d of %d shards, %d samples", store.uri, number, len(plan.shards), len(digests)
+    )
     return number
-

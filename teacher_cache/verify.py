@@ -158,9 +158,7 @@ def _check_snapshots(store: Store, manifest: Manifest) -> tuple[list[Snapshot], 
     return snapshots, problems
 
 
-def _check_top_level(
-    store: Store, *, manifest: Manifest, plan: Plan, latest: Snapshot | None, level: Level
-) -> _Check:
+def _check_top_level(store: Store, *, manifest: Manifest, plan: Plan, latest: Snapshot | None, level: Level) -> _Check:
     files = {} if latest is None else dict(latest.files)
     if manifest.teacher_head is not None:
         files[manifest.teacher_head.file] = manifest.teacher_head.digest
@@ -250,17 +248,18 @@ def _files_problem(record: CommitRecord) -> str | None:
         if field.tier in record.tiers
         for rows in [record.rows.offsets[field.axis]]
     }
-    geometries[OFFSETS] = ArrayGeometry(
-        field=offsets_field(), num_rows=len(record.sample_ids) + 1, compression="none"
-    )
+    geometries[OFFSETS] = ArrayGeometry(field=offsets_field(), num_rows=len(record.sample_ids) + 1, compression="none")
     for name, geometry in geometries.items():
         expected[f"{name}/zarr.json"] = None
         if geometry.num_rows:
             is_raw = geometry.compression == "none"
             expected[object_name(name, geometry)] = geometry.object_bytes if is_raw else None
     wrong = sorted(expected.keys() ^ record.files.keys())
-    wrong += [path for path, size in expected.items() if size is not None and path in record.files
-              and record.files[path].size_bytes != size]
+    wrong += [
+        path
+        for path, size in expected.items()
+        if size is not None and path in record.files and record.files[path].size_bytes != size
+    ]
     return None if not wrong else f"shard {record.shard_id}: its commit record misdescribes {', '.join(wrong[:5])}"
 
 

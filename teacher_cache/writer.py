@@ -262,7 +262,8 @@ def _new_shards(stored: Plan, *, asked: Sequence[PlannedShard]) -> list[PlannedS
         known = [sample_id for sample_id in shard.sample_ids if sample_id in planned]
         if known:
             raise ConfigError(
-                f"shard {shard.shard_id}: it mixes new samples with stored ones, first {known[0]!r}; plan new samples apart"
+                f"shard {shard.shard_id}: it mixes new samples with stored ones, first {known[0]!r}; "
+                "plan new samples apart"
             )
     return new
 

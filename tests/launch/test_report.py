@@ -27,7 +27,6 @@ from teacher_cache.schema import Span, TeacherHead, TeacherTargets
 from teacher_cache.writer import create_or_open_builder
 
 
-
 def digest_of(sample_id: str) -> str:
     return hashlib.sha256(sample_id.encode()).hexdigest()
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -23,11 +25,11 @@ from teacher_cache.build_job import METRICS_FILE
 from teacher_cache.build_plan import keeps_question_rows, open_builder, plan_shards
 from teacher_cache.config import BuildConfig, CacheConfig, DataConfig, TargetsConfig, TeacherConfig
 from teacher_cache.errors import CacheMismatch, ConfigError, DataError, TeacherError
-from teacher_cache.verify import verify_cache
 from teacher_cache.reader import TeacherCache
 from teacher_cache.samples import read_samples
 from teacher_cache.shard_worker import ShardWorker
 from teacher_cache.teacher import TransformersTeacher
+from teacher_cache.verify import verify_cache
 from tests.teacher_cache.conversations import MAX_LENGTH, encode_digits
 from tests.teacher_cache.test_vllm_teacher import FLOAT32_TOLERANCE, largest_difference
 
@@ -131,8 +133,13 @@ def test_a_cache_of_another_teacher_or_other_data_is_refused(
     other_dtype = config.teacher.model_copy(update={"dtype": "bfloat16"})
     with pytest.raises(CacheMismatch, match=r"teacher\.dtype"):
         build_cache(config.model_copy(update={"teacher": other_dtype}))
-    with pytest.raises(CacheMismatch, match=r"data\.samples"):
-        build_cache(with_data(config, max_samples=5))
+    rows = pa.parquet.read_table(digit_samples).to_pylist()
+    rows[3]["messages"][-1]["content"] += " indeed"
+    changed = tmp_path / "changed.parquet"
+    pa.parquet.write_table(pa.Table.from_pylist(rows), changed)
+    image_root = str(digit_samples.parent)
+    with pytest.raises(CacheMismatch, match=r"1 have another text or other images:\n  \S+: stored [0-9a-f]{64}"):
+        build_cache(with_data(config, path=str(changed), image_root=image_root))
 
 
 def test_samples_that_are_too_long_are_listed(
