@@ -3,6 +3,7 @@
 import logging
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from teacher_cache.codec import Layout, axis_lengths, encode_targets, layout_of
 from teacher_cache.documents import plain_json
+from teacher_cache.durable_files import FileDigest
 from teacher_cache.errors import CacheError, CacheMismatch, TeacherError
 from teacher_cache.ledger import COMMITS, SHARDS, CommitRecord, SampleRows, no_rows, record_name
 from teacher_cache.plan import PlannedShard
@@ -45,7 +47,6 @@ class ShardAttempt:
         self._ids: list[str] = []
         self._counts: list[list[int]] = []
         self._spans: list[tuple[int, int]] = []
-        self._checksums: list[list[int]] = []
         self._cost_rows: list[Tensor] = []
         self._bytes = 0
         self._committed = False
@@ -67,7 +68,7 @@ class ShardAttempt:
             if self._shard_writer is None:
                 assert self._layout is not None
                 self._shard_writer = ShardWriter(self._writer.store, self._folder, layout=self._layout)
-            checksums = self._shard_writer.append(arrays)
+            self._shard_writer.append(arrays)
         except OSError as error:
             raise self._refused(error) from error
         lengths = axis_lengths(targets.spans, num_tokens=len(targets.token_ids))
@@ -75,7 +76,6 @@ class ShardAttempt:
         self._ids.append(targets.sample_id)
         self._counts.append([lengths["tokens"], lengths["turns"], lengths["answer_tokens"], question_rows])
         self._spans += targets.spans
-        self._checksums.append([checksums[name] for name in arrays])
         self._keep_cost_rows(targets)
 
     def commit(self, *, skipped: Sequence[SkippedSample], provenance: dict[str, Any]) -> CommitRecord:
@@ -88,8 +88,8 @@ class ShardAttempt:
         if self._standing is not None:
             return self._writer.standing_record(self.shard)
         self.require_planned(self._ids, skipped=skipped, digests=None)
-        rows = self._rows()
         try:
+            rows, files = self._finish()
             record = CommitRecord(
                 shard_id=self.shard.shard_id,
                 revision=self._revision,
@@ -99,7 +99,7 @@ class ShardAttempt:
                 rows=rows,
                 skipped=tuple(skipped),
                 layout=self._layout,
-                files=self._finish_files(rows),
+                files=files,
                 codec_cost=self._codec_cost(),
                 provenance=plain_json(provenance),
             )
@@ -162,24 +162,19 @@ class ShardAttempt:
     def _lost(self) -> bool:
         return self._writer.store.size(record_name(self.shard.shard_id, self._revision)) is not None
 
-    def _finish_files(self, rows: SampleRows) -> dict[str, Any]:
+    def _finish(self) -> tuple[SampleRows, dict[str, FileDigest]]:
         if self._shard_writer is None:
-            return {}
+            return no_rows(), {}
+        rows = replace(
+            no_rows(), counts=np.array(self._counts, dtype=np.int32), spans=np.array(self._spans, dtype=np.int32)
+        )
         attributes = {
             "genrecal_fingerprint": self._writer.fingerprint,
             "genrecal_shard_id": self.shard.shard_id,
             "sample_ids": self._ids,
         }
-        return dict(self._shard_writer.finish(rows.offsets, attributes=attributes))
-
-    def _rows(self) -> SampleRows:
-        if not self._ids:
-            return no_rows()
-        return SampleRows(
-            counts=np.array(self._counts, dtype=np.int32),
-            spans=np.array(self._spans, dtype=np.int32),
-            crc32c=np.array(self._checksums, dtype=np.uint32),
-        )
+        written = self._shard_writer.finish(rows.offsets, attributes=attributes)
+        return replace(rows, crc32c=written.crc32c), written.files
 
     def _layout_for(self, targets: TeacherTargets) -> Layout:
         if self._layout is None:
