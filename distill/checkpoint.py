@@ -17,9 +17,9 @@ from typing import Any
 from distill.engine import Engine
 from distill.processes import Processes
 from teacher_cache.documents import decode_document, encode_document
+from teacher_cache.durable_files import FileDigest, digest_file, remove, sync_folder, sync_tree
 from teacher_cache.errors import CacheCorrupt, CheckpointError
 from teacher_cache.manifest import identity_differences
-from teacher_cache.durable_files import FileDigest, digest_file, remove, sync_folder, sync_tree
 
 logger = logging.getLogger(__name__)
 

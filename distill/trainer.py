@@ -26,10 +26,10 @@ from teacher_cache import TeacherCache, open_cache
 from teacher_cache.chat import load_processor
 from teacher_cache.config import CacheConfig
 from teacher_cache.documents import encode_document, parse_document
+from teacher_cache.durable_files import remove
 from teacher_cache.errors import ConfigError
 from teacher_cache.manifest import fingerprint
 from teacher_cache.samples import SampleSet, read_samples
-from teacher_cache.durable_files import remove
 from teacher_cache.teacher_checkpoint import digest_files, weight_files
 
 logger = logging.getLogger(__name__)

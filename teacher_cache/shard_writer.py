@@ -3,7 +3,8 @@
 Rows go from the caller's arrays to the file without a copy; digests are computed while the kernel writes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from teacher_cache.zarr_format import CRC_BYTES, ArrayGeometry, array_metadata, 
 OFFSETS = "offsets"
 
 _BATCH_BYTES = 8 * 1024**2
+_BATCHES_AHEAD = 2
 _PARALLEL_SYNCS = 4
 
 
@@ -39,19 +41,21 @@ def checksum(rows: Shaped[np.ndarray, "rows ..."]) -> int:
 class ShardWriter:
     """Appends samples to the arrays of one shard under ``folder``, a name that no other writer uses.
 
-    Works as a pipeline of two: while the kernel takes one batch of an array, a thread checksums, compresses and hashes
-    the next. Appended arrays must not change until :meth:`finish`.
+    A pipeline: the caller's thread checks and appends, a second one checksums, compresses and hashes batches, a third
+    one writes them. Appended arrays must not change until :meth:`finish`. Memory is bounded by two batches per array.
     """
 
     def __init__(self, store: Store, folder: str, *, layout: Layout) -> None:
         """Start a shard; its files come into being with their first rows."""
         self._store = store
         self._folder = folder
-        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-digests")
+        self._encoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-encode")
+        self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-write")
         self._arrays = {
             name: _ArrayWriter(self, name, field=field, compression=layout.compression)
             for name, field in stored_fields(layout).items()
         }
+        self._files: list[FileWriter] = []
 
     def append(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Append one sample."""
@@ -65,34 +69,42 @@ class ShardWriter:
         table = _ArrayWriter(self, OFFSETS, field=offsets_field(), compression="none")
         table.append(np.stack([offsets[axis] for axis in AXES], axis=1))
         data = list(self._arrays.values())
-        files = {"zarr.json": self.write_file("zarr.json", group_metadata(attributes))}
         for array in [*data, table]:
-            files |= array.finish(attributes={"columns": list(AXES)} if array is table else {})
+            array.end()
+        files = {"zarr.json": self._write_file("zarr.json", group_metadata(attributes))}
+        for array in [*data, table]:
+            metadata = array_metadata(array.geometry, attributes={"columns": list(AXES)} if array is table else {})
+            files[f"{array.name}/zarr.json"] = self._write_file(f"{array.name}/zarr.json", metadata)
+            files |= array.wait()
         with ThreadPoolExecutor(_PARALLEL_SYNCS) as pool:
-            list(pool.map(_ArrayWriter.close, [*data, table]))
+            list(pool.map(lambda file: file.close(), self._files))
         self._store.sync(self._folder)
         checksums = np.array([array.checksums for array in data], dtype=np.uint32).T
         return WrittenShard(files=dict(sorted(files.items())), crc32c=checksums)
 
     def open_file(self, name: str) -> FileWriter:
-        """Start a file of the shard."""
-        return self._store.writer(f"{self._folder}/{name}")
+        """Start a file of the shard, which :meth:`finish` closes."""
+        file = self._store.writer(f"{self._folder}/{name}")
+        self._files.append(file)
+        return file
 
-    def write_file(self, name: str, data: bytes) -> FileDigest:
-        """Write a small file of the shard."""
-        with self.open_file(name) as file:
-            file.write([memoryview(data)])
-        return digest_bytes(data)
-
-    def submit(self, work: Callable[[], list[memoryview]]) -> "Future[list[memoryview]]":
-        """Do work of one array in the background, in the order of the calls."""
-        return self._background.submit(work)
+    def submit(
+        self, encode: Callable[[], list[memoryview]], write: Callable[[list[memoryview]], None]
+    ) -> "Future[None]":
+        """Encode and then write a batch in the background, each in the order of the calls."""
+        encoded = self._encoding.submit(encode)
+        return self._writing.submit(lambda: write(encoded.result()))
 
     def close(self) -> None:
         """Let go of files that were not completed."""
-        for array in self._arrays.values():
-            array.abort()
-        self._background.shutdown()
+        for pool in (self._encoding, self._writing):
+            pool.shutdown(cancel_futures=True)
+        for file in self._files:
+            file.abort()
+
+    def _write_file(self, name: str, data: bytes) -> FileDigest:
+        self.open_file(name).write([memoryview(data)])
+        return digest_bytes(data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,96 +120,82 @@ class _ArrayWriter:
     """The object of one array: rows as they come, cut into chunks, then the index."""
 
     def __init__(self, shard: ShardWriter, name: str, *, field: Field, compression: Compression) -> None:
+        self.name = name
+        self.geometry = ArrayGeometry(field=field, num_rows=0, compression=compression)
         self.checksums: list[int] = []
         self._shard = shard
-        self._name = name
-        self._geometry = ArrayGeometry(field=field, num_rows=0, compression=compression)
-        self._num_rows = 0
-        self._file: FileWriter | None = None
         self._batch: list[memoryview] = []
         self._batch_bytes = 0
-        self._ahead: Future[list[memoryview]] | None = None
-        # what follows belongs to the background
+        self._writes: deque[Future[None]] = deque()
+        # the encoding thread's
         self._hasher = blake3()
         self._size_bytes = 0
         self._chunk: list[memoryview] = []
         self._chunk_bytes = 0
         self._chunks: list[tuple[int, int]] = []
+        # the writing thread's
+        self._file: FileWriter | None = None
 
     def append(self, rows: Shaped[np.ndarray, "rows ..."]) -> None:
-        self._num_rows += len(rows)
+        self.geometry = replace(self.geometry, num_rows=self.geometry.num_rows + len(rows))
         data = _bytes_of(rows)
         self._batch.append(data)
         self._batch_bytes += len(data)
         if self._batch_bytes >= _BATCH_BYTES:
-            self._write_batch()
+            self._submit_batch()
 
-    def finish(self, *, attributes: dict[str, Any]) -> dict[str, FileDigest]:
-        """Write all that is left; the file still has to be closed."""
-        self._write_batch()
-        geometry = replace(self._geometry, num_rows=self._num_rows)
-        metadata = f"{self._name}/zarr.json"
-        files = {metadata: self._shard.write_file(metadata, array_metadata(geometry, attributes=attributes))}
-        if self._num_rows:
-            self._advance(self._shard.submit(self._encode_end))
-            self._advance(None)
-            digest = FileDigest(size_bytes=self._size_bytes, blake3=self._hasher.hexdigest())
-            files[object_name(self._name, geometry)] = digest
-        return files
+    def end(self) -> None:
+        """Send off all that is left."""
+        self._submit_batch()
+        if self.geometry.num_rows:
+            self._writes.append(self._shard.submit(self._encode_end, self._write))
 
-    def close(self) -> None:
-        """Make the file durable."""
-        if self._file is not None:
-            self._file.close()
+    def wait(self) -> dict[str, FileDigest]:
+        """Return the digest of the object once it is written."""
+        while self._writes:
+            self._writes.popleft().result()
+        if not self.geometry.num_rows:
+            return {}
+        digest = FileDigest(size_bytes=self._size_bytes, blake3=self._hasher.hexdigest())
+        return {object_name(self.name, self.geometry): digest}
 
-    def abort(self) -> None:
-        if self._file is not None:
-            self._file.abort()
-
-    def _write_batch(self) -> None:
+    def _submit_batch(self) -> None:
         batch, self._batch, self._batch_bytes = self._batch, [], 0
-        self._advance(self._shard.submit(lambda: self._encode_batch(batch)))
+        while len(self._writes) >= _BATCHES_AHEAD:
+            self._writes.popleft().result()
+        self._writes.append(self._shard.submit(lambda: self._encode_batch(batch), self._write))
 
-    def _advance(self, coming: "Future[list[memoryview]] | None") -> None:
-        """Write the batch that was encoded before, while the coming one is."""
-        encoded, self._ahead = self._ahead, coming
-        buffers = [] if encoded is None else encoded.result()
+    def _write(self, buffers: list[memoryview]) -> None:
         if buffers:
             if self._file is None:
-                self._file = self._shard.open_file(object_name(self._name, replace(self._geometry, num_rows=1)))
+                self._file = self._shard.open_file(object_name(self.name, self.geometry))
             self._file.write(buffers)
 
     def _encode_batch(self, batch: list[memoryview]) -> list[memoryview]:
         encoded: list[memoryview] = []
         for data in batch:
             self.checksums.append(crc32c(data))
-            for start in self._cuts(len(data)):
-                part = data[start : start + self._geometry.chunk_bytes - self._chunk_bytes]
+            while data:
+                room = self.geometry.chunk_bytes - self._chunk_bytes
+                part, data = data[:room], data[room:]
                 self._chunk.append(part)
                 self._chunk_bytes += len(part)
-                if self._chunk_bytes == self._geometry.chunk_bytes:
+                if self._chunk_bytes == self.geometry.chunk_bytes:
                     encoded += self._end_chunk()
         return self._hash(encoded)
-
-    def _cuts(self, length: int) -> Iterator[int]:
-        start = 0
-        while start < length:
-            room = self._geometry.chunk_bytes - self._chunk_bytes
-            yield start
-            start += room
 
     def _encode_end(self) -> list[memoryview]:
         encoded: list[memoryview] = []
         if self._chunk_bytes:
-            self._chunk.append(memoryview(bytes(self._geometry.chunk_bytes - self._chunk_bytes)))
+            self._chunk.append(memoryview(bytes(self.geometry.chunk_bytes - self._chunk_bytes)))
             encoded += self._end_chunk()
         index = np.array(self._chunks, dtype="<u8").tobytes()
         return self._hash([*encoded, memoryview(index), _crc_bytes([memoryview(index)])])
 
     def _end_chunk(self) -> list[memoryview]:
         parts, self._chunk, self._chunk_bytes = self._chunk, [], 0
-        if self._geometry.compression != "none":
-            itemsize = self._geometry.field.dtype.itemsize
+        if self.geometry.compression != "none":
+            itemsize = self.geometry.field.dtype.itemsize
             parts = [memoryview(compress_chunk(memoryview(b"".join(parts)), itemsize=itemsize))]
         parts.append(_crc_bytes(parts))
         start = sum(self._chunks[-1]) if self._chunks else 0

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from teacher_cache.build_plan import plan_shards
 from teacher_cache.chat import encode_conversation, load_processor
 from teacher_cache.config import BuildConfig, CacheConfig, DataConfig, TargetsConfig, TeacherConfig
-from teacher_cache.build_plan import plan_shards
 from teacher_cache.samples import read_samples
 from teacher_cache.teacher import TransformersTeacher, load_teacher_head
 from teacher_cache.writer import create_or_open_builder
