@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -113,7 +114,7 @@ class TeacherCache:
             if digest_bytes(data) != entry.record:
                 raise CacheCorrupt(f"{where}: {self._store.uri}/{entry.record_name} was changed")
             record = decode_record(data, where=where)
-            cost = {} if record.codec_cost is None else {"codec_cost": record.codec_cost.model_dump(mode="json")}
+            cost = {} if record.codec_cost is None else {"codec_cost": asdict(record.codec_cost)}
             shards.append({"shard_id": record.shard_id, **cost, **record.provenance})
         return {**self._manifest.provenance, "shards": shards}
 
