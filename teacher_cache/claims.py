@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from teacher_cache.errors import GenrecalError
+from teacher_cache.errors import CacheError, GenrecalError
 from teacher_cache.plan import SHARD_ID
 from teacher_cache.storage import Store
 
@@ -70,17 +70,23 @@ class Claims:
         """Claim a shard; return False while another builder is at work on it.
 
         Raises:
-            OSError: the store does not answer.
+            CacheError: the store refused a step.
         """
-        number = self._latest(shard_id)
-        if number is not None:
-            if self._held.get(shard_id) == number:
-                return True
-            if not self._expired(shard_id, number):
+        try:
+            number = self._latest(shard_id)
+            if number is not None:
+                if self._held.get(shard_id) == number:
+                    return True
+                if not self._expired(shard_id, number):
+                    return False
+            new = 0 if number is None else number + 1
+            if not self._store.create(claim_name(shard_id, new), self._content()):
                 return False
-        new = 0 if number is None else number + 1
-        if not self._store.create(claim_name(shard_id, new), self._content()):
-            return False
+        except OSError as error:
+            raise CacheError(
+                f"shard {shard_id}: cannot claim it in {self._store.uri}/{CLAIMS}: {error}; free space or mend the "
+                "store, then run the build again"
+            ) from error
         with self._lock:
             self._held[shard_id] = new
             self._seen.pop(shard_id, None)
@@ -93,21 +99,26 @@ class Claims:
         """Give up a claim, with the expired ones before it."""
         with self._lock:
             number = self._held.pop(shard_id, None)
-        for old in range(-1 if number is None else number, -1, -1):
-            self._store.remove(claim_name(shard_id, old))
+            try:
+                for old in range(-1 if number is None else number, -1, -1):
+                    self._store.remove(claim_name(shard_id, old))
+            except OSError as error:
+                logger.warning("the claim of shard %s stays until its lease ends: %s", shard_id, error)
 
     def beat(self) -> None:
-        """Show that this builder is alive; one whose claim was taken over lets go of it."""
-        with self._lock:
-            held = dict(self._held)
+        """Show that this builder is alive; one whose claim was taken over lets go of it.
+
+        Raises:
+            OSError: the store refused a step.
+        """
+        with self._lock:  # a claim that is being released must not be written again
             self._beat += 1
-        for shard_id, number in held.items():
-            if self._store.size(claim_name(shard_id, number + 1)) is not None:
-                logger.warning("shard %s: another builder took the claim over; going on all the same", shard_id)
-                with self._lock:
-                    self._held.pop(shard_id, None)
-            else:
-                self._store.replace(claim_name(shard_id, number), self._content())
+            for shard_id, number in list(self._held.items()):
+                if self._store.size(claim_name(shard_id, number + 1)) is not None:
+                    logger.warning("shard %s: another builder took the claim over; going on all the same", shard_id)
+                    del self._held[shard_id]
+                else:
+                    self._store.replace(claim_name(shard_id, number), self._content())
 
     def close(self) -> None:
         """Give up all claims."""
@@ -115,10 +126,7 @@ class Claims:
         if self._thread is not None:
             self._thread.join()
         for shard_id in list(self._held):
-            try:
-                self.release(shard_id)
-            except OSError as error:
-                logger.warning("claim of shard %s stays until its lease ends: %s", shard_id, error)
+            self.release(shard_id)
 
     def __enter__(self) -> "Claims":
         return self

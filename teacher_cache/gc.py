@@ -1,24 +1,25 @@
 """Removes what no reader will ever ask for. Decides by records alone, never by a clock.
 
 Only attempts at shards that are committed are removed: such an attempt has lost for good, however alive it is.
-Attempts at other shards may still win, so they stay until their shard is committed.
+Attempts at other shards may still win, so they stay until their shard is committed. What may go is listed before the
+records are read: whatever comes later belongs to work that goes on.
 """
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 
 from teacher_cache.claims import CLAIMS, claim_shard_id
 from teacher_cache.codec import stored_fields
-from teacher_cache.durable_files import FileDigest
 from teacher_cache.errors import CacheError, CacheMismatch
 from teacher_cache.ledger import SHARDS, CommitRecord, read_standing
 from teacher_cache.local_store import STAGING
 from teacher_cache.manifest import Manifest, read_manifest
-from teacher_cache.plan import Plan, read_plan
+from teacher_cache.plan import PLANS, Plan, read_plan
 from teacher_cache.snapshot import INDEX, latest_snapshot, publish_snapshot, read_snapshot
-from teacher_cache.storage import Store, open_store
+from teacher_cache.storage import FileEntry, Store, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -41,75 +42,110 @@ class GcReport:
 
 
 def collect_garbage(uri: str, *, drop_question_rows: bool = False) -> GcReport:
-    """Remove lost attempts, temporary files and indexes that no snapshot names; on request tier Q.
+    """Remove lost attempts, temporary files and whatever no record or snapshot names; on request tier Q.
 
     Safe while builders and readers are at work; a reader that is reading tier Q meets an error when it goes.
 
     Raises:
         CacheMismatch: tier Q is to go from a cache that is not complete.
         CacheCorrupt: what decides is damaged; nothing was removed.
+        CacheError: the store refused a step.
     """
     store = open_store(uri)
     manifest = read_manifest(store)
     plan = read_plan(store, manifest)
-    removed: list[str] = []
-    if drop_question_rows:
-        removed += _drop_question_rows(store, manifest=manifest, plan=plan)
-    records = [record for record, _ in read_standing(store, plan, fingerprint=manifest.fingerprint).values()]
-    removed += _lost_attempts(store, records) + _scratch(store, records) + _unnamed_indexes(store, manifest)
-    freed = _remove_all(store, removed)
-    kept = {record.folder for record in records}
-    pending = [f"{SHARDS}/{name}" for name in store.folders(SHARDS) if f"{SHARDS}/{name}" not in kept]
-    return GcReport(uri=uri, removed=tuple(removed), removed_bytes=freed, pending=tuple(pending))
+    try:
+        folders, files = find_leftovers(store), list(store.list(""))
+        if drop_question_rows:
+            _drop_question_rows(store, manifest=manifest, plan=plan)
+        complete = publish_snapshot(store, manifest=manifest)
+        if complete is None and drop_question_rows:
+            raise CacheMismatch(f"{uri} is not complete: finish the build before tier Q is dropped")
+        records = complete or [
+            record for record, _ in read_standing(store, plan, fingerprint=manifest.fingerprint).values()
+        ]
+        removed = _superfluous([*folders, *(entry.name for entry in files)], manifest=manifest, records=records)
+        if complete is not None:
+            removed += _unnamed_files(files, records=records) + _unnamed_indexes(store, files, manifest=manifest)
+        for name in removed:
+            store.remove(name)
+        kept = {record.folder for record in records}
+        pending = tuple(name for name in _attempts(store) if name not in kept)
+    except OSError as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(f"{uri}: cannot remove what is left over: {error}; run the command again") from error
+    gone = set(removed)
+    freed = sum(entry.size_bytes for entry in files if gone & {entry.name, *_folders_of(entry.name)})
+    return GcReport(uri=uri, removed=tuple(removed), removed_bytes=freed, pending=pending)
 
 
-def sweep(store: Store, *, records: Iterable[CommitRecord]) -> None:
-    """Remove the attempts that these committed shards have left behind, and their claims."""
-    chosen = list(records)
-    for name in _lost_attempts(store, chosen) + _scratch(store, chosen):
+def find_leftovers(store: Store) -> list[str]:
+    """Return what may have been left behind, for :func:`sweep`."""
+    files = [entry.name for folder in (CLAIMS, STAGING, PLANS) for entry in store.list(folder)]
+    return _attempts(store) + files
+
+
+def sweep(store: Store, *, found: Sequence[str], manifest: Manifest, records: Sequence[CommitRecord]) -> None:
+    """Remove those of the names found that these committed shards do not need."""
+    for name in _superfluous(found, manifest=manifest, records=records):
         store.remove(name)
 
 
-def _lost_attempts(store: Store, records: Iterable[CommitRecord]) -> list[str]:
-    standing = {record.shard_id: record.attempt for record in records if record.withdrawn is None}
-    lost = []
-    for name in store.folders(SHARDS):
-        match = ATTEMPT.fullmatch(name)
-        if match and standing.get(match["shard_id"], match["attempt"]) != match["attempt"]:
-            lost.append(f"{SHARDS}/{name}")
-    return lost
+def _attempts(store: Store) -> list[str]:
+    return [f"{SHARDS}/{name}" for name in store.folders(SHARDS) if ATTEMPT.fullmatch(name)]
 
 
-def _scratch(store: Store, records: Iterable[CommitRecord]) -> list[str]:
-    committed = {record.shard_id for record in records if record.withdrawn is None}
-    claims = [entry.name for entry in store.list(CLAIMS) if claim_shard_id(entry.name) in committed]
-    return claims + [entry.name for entry in store.list(STAGING)]
+def _superfluous(names: Iterable[str], *, manifest: Manifest, records: Sequence[CommitRecord]) -> list[str]:
+    committed = {record.shard_id: record.folder for record in records if record.withdrawn is None}
+    named = {manifest.plan.file, *([] if manifest.teacher_head is None else [manifest.teacher_head.file])}
+
+    def is_superfluous(name: str) -> bool:
+        folder, _, rest = name.partition("/")
+        if folder == SHARDS:
+            attempt = ATTEMPT.fullmatch(rest)
+            return attempt is not None and committed.get(attempt["shard_id"], name) != name
+        if folder == CLAIMS:
+            return claim_shard_id(name) in committed
+        return name not in named and LEFTOVERS.fullmatch(name) is not None
+
+    return [name for name in dict.fromkeys(names) if is_superfluous(name)]
 
 
-def _unnamed_indexes(store: Store, manifest: Manifest) -> list[str]:
-    latest = latest_snapshot(store)
-    if latest is None:
-        return []  # a builder that completes the cache writes the index first
-    named = {read_snapshot(store, number, fingerprint=manifest.fingerprint).index for number in range(latest + 1)}
-    return [entry.name for entry in store.list(INDEX) if entry.name not in named]
+def _unnamed_files(files: Iterable[FileEntry], *, records: Sequence[CommitRecord]) -> list[str]:
+    """Return files in the folders of committed shards that no record names, and folders that hold nothing else."""
+    named = {f"{record.folder}/{path}" for record in records for path in record.files}
+    used = {folder for name in named for folder in _folders_of(name) if folder != SHARDS}
+    unnamed: dict[str, None] = {}
+    for name in (entry.name for entry in files if entry.name not in named):
+        nearest, above, *_ = [*_folders_of(name), "", ""]
+        if nearest in used:
+            unnamed[name] = None
+        elif above in used:
+            unnamed[nearest] = None
+    return list(unnamed)
 
 
-def _drop_question_rows(store: Store, *, manifest: Manifest, plan: Plan) -> list[str]:
+def _unnamed_indexes(store: Store, files: Iterable[FileEntry], *, manifest: Manifest) -> list[str]:
+    count = (latest_snapshot(store) or 0) + 1
+    named = {read_snapshot(store, number, fingerprint=manifest.fingerprint).index for number in range(count)}
+    return [entry.name for entry in files if entry.name.startswith(f"{INDEX}/") and entry.name not in named]
+
+
+def _folders_of(name: str) -> list[str]:
+    """Return the folders above a file, the nearest first."""
+    return [str(folder) for folder in PurePosixPath(name).parents][:-1]
+
+
+def _drop_question_rows(store: Store, *, manifest: Manifest, plan: Plan) -> None:
+    """Commit revisions without tier Q; its files are then named by no record."""
     standing = read_standing(store, plan, fingerprint=manifest.fingerprint)
     if len(standing) < len(plan.shards) or any(record.withdrawn is not None for record, _ in standing.values()):
         raise CacheMismatch(f"{store.uri} is not complete: finish the build before tier Q is dropped")
-    dropped = []
     for record, _ in standing.values():
         without = _without_question_rows(record)
         if without is not None and not store.create(without.name, without.encode()):
             raise CacheError(f"{store.uri}/{without.name} was written by another process; run the command again")
-        if without is not None:
-            dropped += [f"{record.folder}/{path}" for path in record.files if path not in without.files]
-    renewed: list[tuple[CommitRecord, FileDigest]] = list(
-        read_standing(store, plan, fingerprint=manifest.fingerprint).values()
-    )
-    publish_snapshot(store, manifest=manifest, plan=plan, records=renewed)
-    return dropped
 
 
 def _without_question_rows(record: CommitRecord) -> CommitRecord | None:
@@ -123,12 +159,3 @@ def _without_question_rows(record: CommitRecord) -> CommitRecord | None:
     }
     tiers = tuple(tier for tier in record.tiers if tier != "Q")
     return replace(record, revision=record.revision + 1, tiers=tiers, files=kept)
-
-
-def _remove_all(store: Store, names: list[str]) -> int:
-    freed = 0
-    for name in names:
-        is_folder = ATTEMPT.fullmatch(name.removeprefix(f"{SHARDS}/"))
-        freed += sum(entry.size_bytes for entry in store.list(name)) if is_folder else store.size(name) or 0
-        store.remove(name)
-    return freed

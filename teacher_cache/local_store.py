@@ -6,6 +6,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -131,6 +132,7 @@ class LocalStore:
             )
         self._folder_mode = 0o700 | (mode & 0o070)
         self._file_mode = self._folder_mode & 0o660
+        self._synced: set[Path] = set()
 
     @classmethod
     def create_folder(cls, root: Path, *, sharing: Sharing) -> "LocalStore":
@@ -138,12 +140,15 @@ class LocalStore:
         made = []
         for folder in [root, *root.parents]:
             if folder.is_dir():
+                with suppress(OSError):  # whoever made it may have died before this; a foreign folder may refuse
+                    _sync_folder(folder.parent)
                 break
             made.append(folder)
         for folder in reversed(made):
-            folder.mkdir(mode=_FOLDER_MODES[sharing] if folder == root else 0o777, exist_ok=True)
+            with suppress(FileExistsError):
+                os.mkdir(folder, _FOLDER_MODES[sharing] if folder == root else 0o777)
             if folder == root:
-                folder.chmod(_FOLDER_MODES[sharing])
+                os.chmod(folder, _FOLDER_MODES[sharing])
             _sync_folder(folder.parent)
         return cls(root)
 
@@ -169,23 +174,22 @@ class LocalStore:
     def create(self, name: str, data: bytes) -> bool:
         """Give a free name these bytes, by a hard link, which fails when the name is taken."""
         target = self._path(name)
-        for attempt in range(_CREATE_ATTEMPTS):
+        for _ in range(_CREATE_ATTEMPTS):
             staged = self._stage(target.name, data)
             try:
                 self._make_folders(target.parent)
                 os.link(staged, target)
-                won = True
+                won: bool | None = True
             except FileExistsError:
-                won = self.read(name) == data
+                won = self._holds(name, data)
             except FileNotFoundError:
-                if attempt == _CREATE_ATTEMPTS - 1:
-                    raise
-                continue  # whoever tidied the folder took our temporary file: write it again
+                won = None  # whoever tidied the folder took our temporary file
             finally:
                 self._unlink(staged)
-            _sync_folder(target.parent)
-            return won
-        raise AssertionError("unreachable")
+            if won is not None:
+                _sync_folder(target.parent)
+                return won
+        raise FileNotFoundError(errno.ENOENT, "is removed whenever it is written", str(target))
 
     def replace(self, name: str, data: bytes) -> None:
         """Give a name these bytes, by a rename."""
@@ -207,7 +211,7 @@ class LocalStore:
     def sync(self, folder: str) -> None:
         """Make every name under a folder, and the folder's own, durable."""
         path = self._path(folder)
-        for parent, _, _ in os.walk(path, topdown=False):
+        for parent, _, _ in os.walk(path, topdown=False, onerror=_raise_unless_absent):
             _sync_folder(Path(parent))
         _sync_folder(path.parent)
 
@@ -222,10 +226,10 @@ class LocalStore:
     def list(self, folder: str) -> Iterator[FileEntry]:
         """Yield every file, also those that are no regular files, by relative name."""
         top = self._path(folder) if folder else self.root
-        found = [Path(parent, name) for parent, _, names in os.walk(top) for name in names]
-        found += [
-            Path(parent, name) for parent, names, _ in os.walk(top) for name in names if Path(parent, name).is_symlink()
-        ]
+        found = []
+        for parent, folders, files in os.walk(top, onerror=_raise_unless_absent):
+            links = [name for name in folders if Path(parent, name).is_symlink()]
+            found += [Path(parent, name) for name in [*files, *links]]
         for path in sorted(found):
             try:
                 size = path.lstat().st_size
@@ -258,15 +262,24 @@ class LocalStore:
         return self.root / check_name(name)
 
     def _make_folders(self, folder: Path) -> None:
-        if folder.is_dir():
+        # another process may have made a shared folder and died before its name was durable
+        is_shared = folder.parent == self.root
+        if folder.is_dir() and (not is_shared or folder in self._synced):
             return
         self._make_folders(folder.parent)
-        try:
+        with suppress(FileExistsError):
             os.mkdir(folder, self._folder_mode)
-        except FileExistsError:
-            return
-        os.chmod(folder, self._folder_mode)
+            os.chmod(folder, self._folder_mode)
         _sync_folder(folder.parent)
+        if is_shared:
+            self._synced.add(folder)
+
+    def _holds(self, name: str, data: bytes) -> bool | None:
+        """Tell whether a name that is taken holds these bytes; None when it is free again."""
+        try:
+            return self.read(name) == data
+        except FileNotFoundError:
+            return None
 
     def _stage(self, name: str, data: bytes) -> Path:
         staged = self.root / STAGING / f"{name}.{uuid.uuid4().hex}"
@@ -280,10 +293,8 @@ class LocalStore:
         return staged
 
     def _unlink(self, path: Path) -> None:
-        try:
+        with suppress(FileNotFoundError):
             os.unlink(path)
-        except FileNotFoundError:
-            pass
 
 
 def _open_regular(path: Path) -> int:
@@ -293,6 +304,11 @@ def _open_regular(path: Path) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is no regular file", str(path))
     return descriptor
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def _write_rest(descriptor: int, buffers: Sequence[memoryview], *, done: int) -> None:

@@ -3,6 +3,7 @@
 import logging
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,10 @@ class ShardAttempt:
                 self._shard_writer = ShardWriter(self._writer.store, self._folder, layout=self._layout)
             self._shard_writer.append(arrays)
         except OSError as error:
-            raise self._refused(error) from error
+            if not self._is_overtaken(error):
+                raise self._refused(error) from error
+            self._standing = self._writer.standing_record(self.shard)
+            return
         lengths = axis_lengths(targets.spans, num_tokens=len(targets.token_ids))
         question_rows = -1 if targets.question_hidden_states is None else lengths["tier_q"]
         self._ids.append(targets.sample_id)
@@ -103,10 +107,11 @@ class ShardAttempt:
                 codec_cost=self._codec_cost(),
                 provenance=plain_json(provenance),
             )
-            self._committed = self._writer.store.create(record_name(record.shard_id, self._revision), record.encode())
+            won = self._writer.store.create(record.name, record.encode())
+            # where a repair has removed a damaged record of this revision, a later one stands
+            self._committed = won and self._writer.store.size(record_name(record.shard_id, record.revision + 1)) is None
         except OSError as error:
-            # a lost attempt may find its folder tidied away by whoever completed the cache
-            if not (isinstance(error, FileNotFoundError) and self._lost()):
+            if not self._is_overtaken(error):
                 raise self._refused(error) from error
         if self._committed:
             return record
@@ -148,7 +153,8 @@ class ShardAttempt:
         if self._shard_writer is not None:
             self._shard_writer.close()
             if not self._committed and not self._is_ours():
-                self._writer.store.remove(self._folder)
+                with suppress(OSError):  # what stays is tidied away when the cache is complete
+                    self._writer.store.remove(self._folder)
 
     def _is_ours(self) -> bool:
         """Tell whether a record names this attempt although its commit was reported as failed."""
@@ -159,8 +165,13 @@ class ShardAttempt:
         except (OSError, CacheError):
             return True  # unknown: files that nobody names are tidied away later
 
-    def _lost(self) -> bool:
-        return self._writer.store.size(record_name(self.shard.shard_id, self._revision)) is not None
+    def _is_overtaken(self, error: OSError) -> bool:
+        """Tell whether files are gone because another attempt was committed: whoever completes a cache tidies up."""
+        try:
+            name = record_name(self.shard.shard_id, self._revision)
+            return isinstance(error, FileNotFoundError) and self._writer.store.size(name) is not None
+        except OSError:
+            return False
 
     def _finish(self) -> tuple[SampleRows, dict[str, FileDigest]]:
         if self._shard_writer is None:
@@ -216,7 +227,8 @@ class ShardAttempt:
         return quantization_cost(torch.cat(self._cost_rows), head=head, max_rows=_COST_ROWS)
 
     def _refused(self, error: OSError) -> CacheError:
+        uri = self._writer.store.uri
         return CacheError(
-            f"shard {self.shard.shard_id}: cannot write {self._bytes} bytes to {self._writer.store.uri}/{self._folder}, "
-            f"nor its record to {COMMITS}: {error}; free space or mend the store, then run the build again"
+            f"shard {self.shard.shard_id}: cannot write {self._bytes} bytes to {uri}/{self._folder}, nor its record to "
+            f"{COMMITS}: {error}; free space or mend the store, then run the build again"
         )

@@ -5,7 +5,6 @@ removal of a tier makes the next one.
 """
 
 import logging
-from collections.abc import Sequence
 from typing import Final
 
 from pydantic import JsonValue
@@ -13,9 +12,9 @@ from pydantic import JsonValue
 from teacher_cache.documents import encode_document
 from teacher_cache.durable_files import FileDigest, digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError
-from teacher_cache.ledger import CommitRecord
+from teacher_cache.ledger import COMMITS, CommitRecord, read_standing
 from teacher_cache.manifest import MANIFEST, Manifest, StoredModel, parse_model, read_document
-from teacher_cache.plan import Plan, generation_name
+from teacher_cache.plan import PLANS, Plan, generation_name, read_plan
 from teacher_cache.sample_index import SampleIndex
 from teacher_cache.storage import Store
 
@@ -83,46 +82,69 @@ def read_snapshot(store: Store, number: int, *, fingerprint: str) -> Snapshot:
     return snapshot
 
 
-def publish_snapshot(
-    store: Store, *, manifest: Manifest, plan: Plan, records: Sequence[tuple[CommitRecord, FileDigest]]
-) -> int:
-    """Make a snapshot of a complete cache, unless the latest one is of the same state; return its number.
+def publish_snapshot(store: Store, *, manifest: Manifest) -> list[CommitRecord] | None:
+    """Make a snapshot of the cache as it is now, unless the latest one is of the same state.
 
-    Any number of processes may do this at once: from the same records they write the same bytes.
+    Returns the records of that state; None while a planned shard is not committed. Any number of processes may do
+    this at once. The state is read after the number of the latest snapshot: who changes the state publishes it
+    afterwards, so whoever holds an older one finds its number taken, and looks again.
 
     Raises:
         CacheError: the store refused a step; opening the builder again tries once more.
     """
-    digests = plan.digests()
-    index = SampleIndex.from_records(records, digests=digests).encode()
+    try:
+        while True:
+            latest = latest_snapshot(store)
+            plan = read_plan(store, manifest)
+            standing = list(read_standing(store, plan, fingerprint=manifest.fingerprint).values())
+            if len(standing) < len(plan.shards) or any(record.withdrawn is not None for record, _ in standing):
+                return None
+            # the names may be those of a process that died before they were durable
+            for folder in (PLANS, COMMITS, SNAPSHOTS):
+                store.sync(folder)
+            if _publish(store, manifest=manifest, plan=plan, standing=standing, latest=latest):
+                return [record for record, _ in standing]
+    except OSError as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(
+            f"{store.uri}: all shards are committed, but the snapshot cannot be written: {error}; free space or mend "
+            "the store, then run the build again"
+        ) from error
+
+
+def _publish(
+    store: Store,
+    *,
+    manifest: Manifest,
+    plan: Plan,
+    standing: list[tuple[CommitRecord, FileDigest]],
+    latest: int | None,
+) -> bool:
+    """Return whether this state is that of the snapshot after ``latest``, or of ``latest`` itself."""
+    index = SampleIndex.from_records(standing, digests=plan.digests()).encode()
     index_digest = digest_bytes(index)
     name = f"{INDEX}/{index_digest.blake3[:16]}.safetensors"
     files = {MANIFEST: digest_bytes(manifest.encode()), name: index_digest}
     files |= {generation_name(number, manifest): digest for number, digest in enumerate(plan.generations)}
     if manifest.teacher_head is not None:
         files[manifest.teacher_head.file] = manifest.teacher_head.digest
-    try:
-        while True:
-            latest = latest_snapshot(store)
-            if latest is not None and read_snapshot(store, latest, fingerprint=manifest.fingerprint).files == files:
-                return latest
-            number = 0 if latest is None else latest + 1
-            snapshot = Snapshot(
-                number=number,
-                fingerprint=manifest.fingerprint,
-                data=plan.data,
-                index=name,
-                files=dict(sorted(files.items())),
-            )
-            if not store.create(name, index):
-                raise CacheCorrupt(f"{store.uri}/{name} holds other bytes than its name says; remove it")
-            if store.create(snapshot_name(number), encode_document(snapshot.model_dump(mode="json"))):
-                break
-    except OSError as error:
-        raise CacheError(
-            f"{store.uri}: all shards are committed, but the snapshot cannot be written: {error}"
-        ) from error
-    logger.info(
-        "%s is complete: snapshot %d of %d shards, %d samples", store.uri, number, len(plan.shards), len(digests)
+    if store.size(name) == len(index):
+        store.sync(INDEX)
+    elif not store.create(name, index):
+        raise CacheCorrupt(f"{store.uri}/{name} holds other bytes than its name says; remove it")
+    if latest is not None and read_snapshot(store, latest, fingerprint=manifest.fingerprint).files == files:
+        return True
+    number = 0 if latest is None else latest + 1
+    snapshot = Snapshot(
+        number=number,
+        fingerprint=manifest.fingerprint,
+        data=plan.data,
+        index=name,
+        files=dict(sorted(files.items())),
     )
-    return number
+    if not store.create(snapshot_name(number), encode_document(snapshot.model_dump(mode="json"))):
+        return False
+    samples = plan.data["samples"]
+    logger.info("%s is complete: snapshot %d of %d shards, %s samples", store.uri, number, len(plan.shards), samples)
+    return True

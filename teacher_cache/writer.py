@@ -1,7 +1,8 @@
 """Creates caches and commits shards: whole, durable, exactly once, from any number of processes."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,8 +12,8 @@ from teacher_cache.config import Compression, RowCodec, Sharing
 from teacher_cache.documents import plain_json
 from teacher_cache.durable_files import digest_bytes
 from teacher_cache.errors import CacheError, CacheMismatch, CacheNotFound, ConfigError
-from teacher_cache.gc import LEFTOVERS, sweep
-from teacher_cache.ledger import CommitRecord, read_record, read_standing, standing_revisions
+from teacher_cache.gc import LEFTOVERS, find_leftovers, sweep
+from teacher_cache.ledger import COMMITS, CommitRecord, read_record, standing_revisions
 from teacher_cache.manifest import (
     MANIFEST,
     HeadEntry,
@@ -22,6 +23,7 @@ from teacher_cache.manifest import (
     require_identity,
 )
 from teacher_cache.plan import (
+    PLANS,
     Plan,
     PlannedShard,
     append_generation,
@@ -61,18 +63,21 @@ def create_or_open_builder(
     """
     asked = check_plan(plan)
     identity, provenance = plain_json({**identity, "codec": codec}), plain_json(provenance)
-    store = open_store(uri)
-    try:
-        manifest = read_manifest(store)
-    except CacheNotFound:
-        store = open_store(uri, create=True, sharing=sharing)
-        manifest = _create(store, identity=identity, plan=asked, provenance=provenance, head=head, codec=codec)
-    require_identity(manifest, asked=identity, where=uri)
-    stored = read_plan(store, manifest)
-    digests = Plan(shards=asked, generations=()).digests()
-    require_samples(stored, asked=digests, where=uri, extend=extend)
-    if new := _new_shards(stored, asked=asked):
-        append_generation(store, manifest, stored=stored, shards=new)
+    with _store_errors(f"cannot create or open the cache at {uri}"):
+        store = open_store(uri)
+        try:
+            manifest = read_manifest(store)
+        except CacheNotFound:
+            store = open_store(uri, create=True, sharing=sharing)
+            manifest = _create(store, identity=identity, plan=asked, provenance=provenance, head=head, codec=codec)
+        require_identity(manifest, asked=identity, where=uri)
+        stored = read_plan(store, manifest)
+        # whoever wrote the plan may have died before its name was durable
+        store.sync(PLANS)
+        digests = Plan(shards=asked, generations=()).digests()
+        require_samples(stored, asked=digests, where=uri, extend=extend)
+        if new := _new_shards(stored, asked=asked):
+            append_generation(store, manifest, stored=stored, shards=new)
     writer = CacheWriter(uri=uri, fingerprint=manifest.fingerprint, compression=compression)
     writer.complete()
     return writer
@@ -153,16 +158,18 @@ class CacheWriter:
         standing = standing_revisions(self.store)
         if any(shard.shard_id not in standing for shard in self.plan.shards):
             return False
-        records = list(read_standing(self.store, self.plan, fingerprint=self.fingerprint).values())
-        if any(record.withdrawn is not None for record, _ in records):
-            return False
-        publish_snapshot(self.store, manifest=self.manifest, plan=self.plan, records=records)
-        sweep(self.store, records=[record for record, _ in records])
+        with _store_errors(f"{self.uri}: all shards are committed, but what is left over cannot be removed"):
+            found = find_leftovers(self.store)
+            records = publish_snapshot(self.store, manifest=self.manifest)
+            if records is None:
+                return False
+            sweep(self.store, found=found, manifest=self.manifest, records=records)
         return True
 
     def standing_record(self, shard: PlannedShard) -> CommitRecord:
         """Return the record that stands for a committed shard, once its name is durable."""
-        self.store.sync("commits")
+        with _store_errors(f"shard {shard.shard_id}: cannot make sure of its record in {self.uri}/{COMMITS}"):
+            self.store.sync(COMMITS)
         return self._record(shard, standing_revisions(self.store))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -221,27 +228,29 @@ def _create(
     head: TeacherHead | None,
     codec: RowCodec,
 ) -> Manifest:
-    try:
-        foreign = [entry.name for entry in store.list("") if not LEFTOVERS.fullmatch(entry.name)]
-        if foreign and MANIFEST not in foreign:
-            raise ConfigError(
-                f"{store.uri} holds no cache but other files ({', '.join(foreign[:3])}); give an empty folder"
-            )
-        plan_bytes, plan_entry = first_generation(plan)
-        if not store.create(plan_entry.file, plan_bytes):
-            raise CacheError(f"{store.uri}/{plan_entry.file} holds other bytes than its name says; remove it")
-        manifest = Manifest(
-            identity=identity,
-            fingerprint=fingerprint(identity),
-            codec=codec,
-            plan=plan_entry,
-            teacher_head=None if head is None else _store_head(store, head),
-            provenance=provenance,
+    foreign = [entry.name for entry in store.list("") if not LEFTOVERS.fullmatch(entry.name)]
+    if foreign and store.size(MANIFEST) is None:
+        raise ConfigError(
+            f"{store.uri} holds no cache but other files ({', '.join(foreign[:3])}); give an empty folder"
         )
-        store.create(MANIFEST, manifest.encode())
-    except OSError as error:
-        raise CacheError(f"cannot create a cache at {store.uri}: {error}") from error
-    return read_manifest(store)
+    plan_bytes, plan_entry = first_generation(plan)
+    if not store.create(plan_entry.file, plan_bytes):
+        raise CacheError(f"{store.uri}/{plan_entry.file} holds other bytes than its name says; remove it")
+    manifest = Manifest(
+        identity=identity,
+        fingerprint=fingerprint(identity),
+        codec=codec,
+        plan=plan_entry,
+        teacher_head=None if head is None else _store_head(store, head),
+        provenance=provenance,
+    )
+    store.create(MANIFEST, manifest.encode())
+    standing = read_manifest(store)
+    if standing.plan != manifest.plan:  # another builder was first
+        store.remove(manifest.plan.file)
+    if manifest.teacher_head not in (None, standing.teacher_head):
+        store.remove(manifest.teacher_head.file)
+    return standing
 
 
 def _store_head(store: Store, head: TeacherHead) -> HeadEntry:
@@ -266,6 +275,16 @@ def _new_shards(stored: Plan, *, asked: Sequence[PlannedShard]) -> list[PlannedS
                 "plan new samples apart"
             )
     return new
+
+
+@contextmanager
+def _store_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(f"{what}: {error}; free space or mend the store, then run the build again") from error
 
 
 def _as_unicode(text: str) -> str:

@@ -1,0 +1,73 @@
+"""Processes for tests: children that may die, and work spread over the cores."""
+
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+WORKERS = 2
+
+
+@contextmanager
+def quick_folder() -> Iterator[Path]:
+    """Give a new folder in memory where there is one, else a temporary one."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def run_in_child(act: Callable[[Callable[..., None]], object]) -> tuple[int, list[str]]:
+    """Fork and act; return the exit status, or minus the signal that killed it, and the words that it told."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(receive)
+        try:
+            act(lambda *words: os.write(send, "".join(f"{word}\n" for word in words).encode()) and None)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as lines:
+        told = lines.read().split()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), told
+
+
+def spread(items: Sequence[T], work: Callable[[T, Path], object]) -> None:
+    """Do the work for each item, each in an empty folder of its own, in a few processes.
+
+    Raises:
+        AssertionError: it failed for an item, which is named.
+    """
+    context = get_context("fork")
+    failures = context.SimpleQueue()
+
+    def labour(number: int) -> None:
+        with quick_folder() as folder:
+            for item in items[number::WORKERS]:
+                place = folder / "place"
+                place.mkdir()
+                try:
+                    work(item, place)
+                except BaseException:
+                    failures.put(f"{item}:\n{traceback.format_exc()}")
+                    return
+                shutil.rmtree(place)
+        failures.put("")
+
+    processes: list[Any] = [context.Process(target=labour, args=(number,)) for number in range(WORKERS)]
+    for process in processes:
+        process.start()
+    found = [failures.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert not any(found), "\n".join(found)
