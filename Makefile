@@ -1,5 +1,6 @@
 # make demo    the whole job on this machine's CPU: teacher, cache, students, report (QUICK=1: a few minutes)
 # make test    the test suite, with the demo in its short form
+# make test-nightly  the long forms of the reliability tests
 # make check   format, lint, types, import contract
 VENV := .venv
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 RUN := runs/demo$(if $(QUICK),-quick)
 export PYTHON
 
-.PHONY: demo test check install clean
+.PHONY: demo test test-nightly check install clean
 .DEFAULT_GOAL := demo
 
 install:
@@ -20,6 +21,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q
+
+test-nightly: install
+	$(BIN)/python -m pytest -q -m nightly
 
 check: install
 	$(BIN)/ruff format --check .
