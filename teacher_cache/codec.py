@@ -187,14 +187,14 @@ def decode_targets(
 
 
 def encode_teacher_head(head: TeacherHead) -> bytes:
-    """Return the teacher head as safetensors, its scalars in the metadata."""
-    tensors = {"weight": head.weight.contiguous()}
+    """Return the teacher head as safetensors, the same bytes for the same head; its scalars are tensors too."""
+    # safetensors orders tensors, but not its metadata
+    tensors = {"weight": head.weight.contiguous(), "logit_scale": torch.tensor(head.logit_scale, dtype=torch.float64)}
     if head.bias is not None:
         tensors["bias"] = head.bias.contiguous()
-    metadata = {"logit_scale": repr(head.logit_scale)}
     if head.logit_softcap is not None:
-        metadata["logit_softcap"] = repr(head.logit_softcap)
-    return save(tensors, metadata=metadata)
+        tensors["logit_softcap"] = torch.tensor(head.logit_softcap, dtype=torch.float64)
+    return save(tensors)
 
 
 def load_teacher_head(path: Path) -> TeacherHead:
@@ -205,14 +205,12 @@ def load_teacher_head(path: Path) -> TeacherHead:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
             names = set(file.keys())
-            softcap = metadata.get("logit_softcap")
             return TeacherHead(
                 weight=file.get_tensor("weight"),
                 bias=file.get_tensor("bias") if "bias" in names else None,
-                logit_scale=float(metadata["logit_scale"]),
-                logit_softcap=None if softcap is None else float(softcap),
+                logit_scale=file.get_tensor("logit_scale").item(),
+                logit_softcap=file.get_tensor("logit_softcap").item() if "logit_softcap" in names else None,
             )
     except Exception as error:
         raise CacheCorrupt(f"{path}: not a teacher head: {error}") from error
