@@ -10,7 +10,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from functools import cached_property
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,24 +23,17 @@ from obstore.exceptions import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
-from obstore.store import MemoryStore, from_url
 
-from teacher_cache.errors import CacheError, ConfigError
+from teacher_cache.errors import ConfigError
+from teacher_cache.object_client import connect, plain_message, require_no_fork
 from teacher_cache.storage import DOCUMENT_LIMIT_BYTES, FileEntry, TruncatedFile, check_name, uri_scheme
 
 T = TypeVar("T")
-
-TIMEOUT_S = float(os.environ.get("GENRECAL_STORE_TIMEOUT_S", "60"))
-"""Longest wait for one answer; requests are repeated for three times as long before an error."""
 
 _PART_BYTES = 16 * 1024**2
 _PARALLEL_PARTS = 4
 _CREATE_ATTEMPTS = 5
 _PAUSE_S = 0.2
-_SECRET = re.compile(r"\?\S+|(?i:(key|token|secret|signature|credential)\w*)\s*[=:]\s*\S+")
-_MESSAGE_CHARACTERS = 300
-
-_memory: dict[str, MemoryStore] = {}
 
 
 class ObjectReader:
@@ -257,11 +249,11 @@ class ObjectStore:
         except AlreadyExistsError:
             raise FileExistsError(errno.EEXIST, "exists", self.path(name)) from None
         except (PermissionDeniedError, UnauthenticatedError) as error:
-            raise PermissionError(errno.EACCES, _plain(error), self.path(name)) from None
+            raise PermissionError(errno.EACCES, plain_message(error), self.path(name)) from None
         except NotSupportedError as error:
-            raise ConfigError(f"{self.uri}: this store lacks what caches need: {_plain(error)}") from None
+            raise ConfigError(f"{self.uri}: this store lacks what caches need: {plain_message(error)}") from None
         except BaseError as error:
-            raise OSError(errno.EIO, _plain(error), self.path(name)) from None
+            raise OSError(errno.EIO, plain_message(error), self.path(name)) from None
 
     def __reduce__(self) -> tuple[object, ...]:
         return ObjectStore, (self.uri,)
@@ -271,49 +263,6 @@ class ObjectStore:
         client = self._clients.get(process)
         if client is None:
             with self._lock:
-                _require_no_fork(self.uri)
-                client = self._clients[process] = _connect(self.uri)
+                require_no_fork(self.uri)
+                client = self._clients[process] = connect(self.uri)
         return client
-
-
-_first_process: int | None = None
-
-
-def _require_no_fork(uri: str) -> None:
-    """Refuse a forked child of a process that has used an object store: the client's threads are not in it."""
-    global _first_process
-    if _first_process is None:
-        _first_process = os.getpid()
-    if _first_process != os.getpid():
-        raise CacheError(
-            f"{uri} was read by process {_first_process} before it forked {os.getpid()}, and the client of object "
-            "stores does not survive a fork; read with threads, or start workers by 'spawn' or 'forkserver'"
-        )
-
-
-def _connect(uri: str) -> Any:
-    if uri_scheme(uri) == "memory":
-        return _memory.setdefault(uri, MemoryStore())
-    try:
-        return from_url(
-            uri,
-            client_options={
-                "timeout": timedelta(seconds=TIMEOUT_S),
-                "connect_timeout": timedelta(seconds=10),
-                # options given here replace those that the environment gives
-                "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"),
-            },
-            retry_config={
-                "max_retries": 10,
-                "retry_timeout": timedelta(seconds=3 * TIMEOUT_S),
-                "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2},
-            },
-        )
-    except BaseError as error:
-        raise ConfigError(f"cache uri {uri!r}: {_plain(error)}") from None
-
-
-def _plain(error: BaseException) -> str:
-    """Return the first line of an error, cut, without what may be a secret."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {_SECRET.sub('…', lines[0] if lines else '')[:_MESSAGE_CHARACTERS]}"

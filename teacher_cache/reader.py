@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from teacher_cache.codec import Layout, decode_targets, load_teacher_head, stored_fields
-from teacher_cache.durable_files import FileDigest, digest_bytes, digest_pieces
+from teacher_cache.durable_files import digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError, CacheIncomplete
 from teacher_cache.ledger import decode_record, read_standing
 from teacher_cache.manifest import HeadEntry, Manifest, fingerprint, read_document, read_manifest
@@ -16,8 +16,9 @@ from teacher_cache.plan import read_plan
 from teacher_cache.sample_index import SampleIndex
 from teacher_cache.schema import TIERS, SkippedSample, TeacherHead, TeacherTargets, Tier
 from teacher_cache.shard_reader import RowRange, ShardReader
-from teacher_cache.snapshot import Snapshot, latest_snapshot, read_snapshot
-from teacher_cache.storage import COPY_BYTES, Store, local_file, open_store
+from teacher_cache.snapshot import latest_snapshot, map_index, read_snapshot
+from teacher_cache.storage import Store, local_file, open_store
+from teacher_cache.stored_digest import require_digest
 
 _OPEN_SHARDS = 32
 
@@ -270,46 +271,6 @@ class TeacherCache:
                 crc32c = int(table.crc32c[row, column]) if verify else None
                 ranges[name] = RowRange(sample_id=sample_id, start=int(start), stop=int(stop), crc32c=crc32c)
         return self._shard(shard), ranges
-
-
-def require_digest(store: Store, name: str, *, expected: FileDigest, where: str) -> None:
-    """Check that a file holds exactly the committed bytes.
-
-    Raises:
-        CacheCorrupt: it is missing or differs.
-        CacheError: it cannot be read.
-    """
-    path = f"{store.uri}/{name}"
-    try:
-        reader = store.open(name)
-        if reader.size_bytes != expected.size_bytes:
-            raise CacheCorrupt(f"{where}: {path} has {reader.size_bytes} bytes, {expected.size_bytes} were committed")
-        piece = bytearray(min(COPY_BYTES, expected.size_bytes))
-
-        def pieces() -> Iterable[memoryview]:
-            for offset in range(0, expected.size_bytes, COPY_BYTES):
-                view = memoryview(piece)[: expected.size_bytes - offset]
-                reader.read_into(offset, [view])
-                yield view
-
-        found = digest_pieces(pieces())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CacheCorrupt(f"{where}: {path} is missing, {expected.size_bytes} bytes were committed") from error
-    except OSError as error:
-        raise CacheError(f"{where}: cannot read {path}: {error}") from error
-    if found != expected:
-        raise CacheCorrupt(f"{where}: {path} was changed: blake3 {found.blake3}, {expected.blake3} was committed")
-
-
-def map_index(store: Store, snapshot: Snapshot) -> SampleIndex:
-    """Return the index of a snapshot, after checking its digest.
-
-    Raises:
-        CacheCorrupt: it is missing or was changed.
-    """
-    require_digest(store, snapshot.index, expected=snapshot.files[snapshot.index], where="index of samples")
-    with local_file(store, snapshot.index) as path:
-        return SampleIndex.map_file(path, where=f"{store.uri}/{snapshot.index}")
 
 
 def _open_snapshot(store: Store, manifest: Manifest, number: int) -> TeacherCache:

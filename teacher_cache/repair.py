@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from teacher_cache.errors import CacheError
 from teacher_cache.ledger import SHARDS, CommitRecord, no_rows, record_name, standing_revisions
 from teacher_cache.manifest import Manifest, read_manifest
+from teacher_cache.shard_checks import Problem
 from teacher_cache.snapshot import INDEX, SNAPSHOTS
 from teacher_cache.storage import Store, open_store
-from teacher_cache.verify import Problem, verify_cache
+from teacher_cache.verify import verify_cache
 from teacher_cache.writer import CacheWriter
 
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class SampleIndex:
     def sample_ids(self) -> tuple[str, ...]:
         """Ids of all samples, in planned order."""
         text, offsets = self._columns.id_bytes.tobytes(), self._columns.id_offsets.tolist()
-        return tuple(text[start:stop].decode() for start, stop in zip(offsets[:-1], offsets[1:], strict=True))
+        return tuple(text[start:stop].decode() for start, stop in pairwise(offsets))
 
     def sample_id(self, position: int) -> str:
         """Return the id of the sample at a position of the planned order."""

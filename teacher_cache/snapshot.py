@@ -16,7 +16,8 @@ from teacher_cache.ledger import COMMITS, CommitRecord, read_standing
 from teacher_cache.manifest import MANIFEST, Manifest, StoredModel, parse_model, read_document
 from teacher_cache.plan import PLANS, Plan, generation_name, read_plan
 from teacher_cache.sample_index import SampleIndex
-from teacher_cache.storage import Store
+from teacher_cache.storage import Store, local_file
+from teacher_cache.stored_digest import require_digest
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,17 @@ def read_snapshot(store: Store, number: int, *, fingerprint: str) -> Snapshot:
     if snapshot.index not in snapshot.files:
         raise CacheCorrupt(f"{where} gives no digest of its index {snapshot.index!r}")
     return snapshot
+
+
+def map_index(store: Store, snapshot: Snapshot) -> SampleIndex:
+    """Return the index of a snapshot, after checking its digest.
+
+    Raises:
+        CacheCorrupt: it is missing or was changed.
+    """
+    require_digest(store, snapshot.index, expected=snapshot.files[snapshot.index], where="index of samples")
+    with local_file(store, snapshot.index) as path:
+        return SampleIndex.map_file(path, where=f"{store.uri}/{snapshot.index}")
 
 
 def publish_snapshot(store: Store, *, manifest: Manifest) -> list[CommitRecord] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from teacher_cache import object_store, open_cache
+from teacher_cache import object_client, open_cache
 from teacher_cache.errors import CacheCorrupt, CacheError, ConfigError
 from teacher_cache.gc import collect_garbage
 from teacher_cache.object_store import ObjectStore
@@ -146,7 +146,7 @@ def test_exactly_one_of_three_creates_a_name(s3: S3) -> None:
 
 
 def test_an_outage_ends_in_an_error(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_store, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(object_client, "TIMEOUT_S", 0.5)
     s3.fault = lambda method, path: "503"
     started = time.monotonic()
     with pytest.raises(CacheError, match=r"cannot read s3://bucket/.*/CACHE\.json") as caught:
@@ -157,7 +157,7 @@ def test_an_outage_ends_in_an_error(s3: S3, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_answer_that_stalls_is_asked_for_again(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     build_at(s3.uri)
-    monkeypatch.setattr(object_store, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(object_client, "TIMEOUT_S", 1.0)
     stalls = iter(["stall"])
     s3.fault = lambda method, path: next(stalls, None) if "hidden_states" in path else None  # type: ignore[return-value]
     require_whole(s3.uri)

@@ -1,0 +1,36 @@
+"""Comparison of a stored file with the digest that was committed."""
+
+from collections.abc import Iterable
+
+from teacher_cache.durable_files import FileDigest, digest_pieces
+from teacher_cache.errors import CacheCorrupt, CacheError
+from teacher_cache.storage import COPY_BYTES, Store
+
+
+def require_digest(store: Store, name: str, *, expected: FileDigest, where: str) -> None:
+    """Check that a file holds exactly the committed bytes.
+
+    Raises:
+        CacheCorrupt: it is missing or differs.
+        CacheError: it cannot be read.
+    """
+    path = f"{store.uri}/{name}"
+    try:
+        reader = store.open(name)
+        if reader.size_bytes != expected.size_bytes:
+            raise CacheCorrupt(f"{where}: {path} has {reader.size_bytes} bytes, {expected.size_bytes} were committed")
+        piece = bytearray(min(COPY_BYTES, expected.size_bytes))
+
+        def pieces() -> Iterable[memoryview]:
+            for offset in range(0, expected.size_bytes, COPY_BYTES):
+                view = memoryview(piece)[: expected.size_bytes - offset]
+                reader.read_into(offset, [view])
+                yield view
+
+        found = digest_pieces(pieces())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheCorrupt(f"{where}: {path} is missing, {expected.size_bytes} bytes were committed") from error
+    except OSError as error:
+        raise CacheError(f"{where}: cannot read {path}: {error}") from error
+    if found != expected:
+        raise CacheCorrupt(f"{where}: {path} was changed: blake3 {found.blake3}, {expected.blake3} was committed")
