@@ -27,11 +27,15 @@ def quick_folder() -> Iterator[Path]:
 def run_in_child(act: Callable[[Callable[..., None]], object]) -> tuple[int, list[str]]:
     """Fork and act; return the exit status, or minus the signal that killed it, and the words that it told."""
     receive, send = os.pipe()
+
+    def tell(*words: str) -> None:
+        os.write(send, "".join(f"{word}\n" for word in words).encode())
+
     child = os.fork()
     if child == 0:
         os.close(receive)
         try:
-            act(lambda *words: os.write(send, "".join(f"{word}\n" for word in words).encode()) and None)
+            act(tell)
         except BaseException:
             sys.excepthook(*sys.exc_info())
             os._exit(1)

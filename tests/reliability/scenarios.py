@@ -18,6 +18,8 @@ CREATED, COMPLETE, DROPPED = "created", "complete", "dropped"
 
 Acknowledge = Callable[..., None]
 """Takes what holds from now on, whatever happens."""
+Act = Callable[[Path, Acknowledge], None]
+"""Works on a cache and tells what it has acknowledged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +29,9 @@ class Scenario:
     name: str
     prepare: Callable[[Path], None]
     """Make the cache as the run finds it."""
-    act: Callable[[Path, Acknowledge], None]
-    """The run; it tells what it has acknowledged."""
-    resume: Callable[[Path, Acknowledge], None]
+    act: Act
+    """The run."""
+    resume: Act
     """What a user does after an interruption; brings the work to its end."""
     acknowledged: frozenset[str]
     """What holds before the run."""

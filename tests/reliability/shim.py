@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 
-from teacher_cache import ledger, local_store, shard_writer, verify
+from teacher_cache import local_store
 
 Kind = Literal[
     "create",
@@ -65,10 +66,6 @@ class Step:
 
 
 React = Callable[[Step], None]
-
-
-class Killed(BaseException):
-    """Stands for a process that is gone: no handler of an error catches it."""
 
 
 class OsShim:
@@ -205,8 +202,9 @@ class InlineExecutor:
 def one_thread() -> Iterator[None]:
     """Let stores work in the caller's thread, so that the order of the steps is always the same."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (ledger, shard_writer, verify):
-            patch.setattr(module, "ThreadPoolExecutor", InlineExecutor)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("teacher_cache.") and hasattr(module, "ThreadPoolExecutor"):
+                patch.setattr(module, "ThreadPoolExecutor", InlineExecutor)
         yield
 
 
@@ -252,19 +250,6 @@ def kill_at(point: Point) -> React:
     def react(step: Step) -> None:
         if point.is_at(step):
             os.kill(os.getpid(), signal.SIGKILL)
-
-    return react
-
-
-def stop_at(point: Point) -> React:
-    """Return a reaction that ends the work at a point within this process: not even its clean-up does a step."""
-    stopped = False
-
-    def react(step: Step) -> None:
-        nonlocal stopped
-        stopped = stopped or point.is_at(step)
-        if stopped:
-            raise Killed(point)
 
     return react
 

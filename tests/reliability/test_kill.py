@@ -8,7 +8,7 @@ import pytest
 
 from tests.reliability.checks import finish, require_kept
 from tests.reliability.processes import quick_folder, run_in_child, spread
-from tests.reliability.scenarios import SCENARIOS, Scenario, ignore
+from tests.reliability.scenarios import SCENARIOS, Acknowledge, Scenario, ignore
 from tests.reliability.shim import Point, Step, intercept, kill_at, one_thread, points_of
 
 LEAST_POINTS = {"create": 30, "build": 250, "extend": 120, "drop": 40, "repair": 8}
@@ -37,7 +37,7 @@ def test_a_kill_at_any_step_loses_nothing(scenario: Scenario) -> None:
             if base.exists():
                 shutil.copytree(base, root)
 
-            def doomed(acknowledge: object) -> None:
+            def doomed(acknowledge: Acknowledge) -> None:
                 with intercept(kill_at(point)):
                     scenario.act(root, acknowledge)
 
