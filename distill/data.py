@@ -1,6 +1,7 @@
 """Join cache rows with the student's own tokenisation, in an order that only the seed and the step decide."""
 
 import itertools
+import logging
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from teacher_cache.chat import encode_conversation
 from teacher_cache.errors import CacheMismatch, ConfigError, DataError, SampleError
 from teacher_cache.samples import SampleSet
 from teacher_cache.schema import EncodedConversation, Sample, TeacherTargets
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +204,8 @@ def join_cache(
             f"{len(uncached)} samples are not in the cache, first {uncached[0]}: build the cache for them"
         )
     sample_ids = tuple(cached[:max_samples])
+    if len(sample_ids) < len(cache):
+        logger.info("training on %d of the %d cached samples", len(sample_ids), len(cache))
     return JoinedData(cache=cache, samples=samples, sample_ids=sample_ids, encoder=encoder, spec=spec)
 
 
