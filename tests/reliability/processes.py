@@ -1,5 +1,6 @@
 """Processes for tests: children that may die, and work spread over the cores."""
 
+import gc
 import os
 import shutil
 import sys
@@ -56,6 +57,7 @@ def spread(items: Sequence[T], work: Callable[[T, Path], object]) -> None:
     failures = context.SimpleQueue()
 
     def labour(number: int) -> None:
+        gc.freeze()  # what was there before the fork need not be searched for garbage
         with quick_folder() as folder:
             for item in items[number::WORKERS]:
                 place = folder / "place"
