@@ -33,13 +33,17 @@ class LocalReader:
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill the buffers with the bytes from ``offset`` on."""
-        for start in range(0, len(buffers), _MAX_BUFFERS):
-            group = buffers[start : start + _MAX_BUFFERS]
-            wanted = sum(len(buffer) for buffer in group)
-            found = os.preadv(self._descriptor, group, offset)
-            if found != wanted:
-                self._finish(group, offset, done=found)
-            offset += wanted
+        try:
+            for start in range(0, len(buffers), _MAX_BUFFERS):
+                group = buffers[start : start + _MAX_BUFFERS]
+                wanted = sum(len(buffer) for buffer in group)
+                found = os.preadv(self._descriptor, group, offset)
+                if found != wanted:
+                    self._finish(group, offset, done=found)
+                offset += wanted
+        except OSError as error:
+            _name(error, self._path)
+            raise
 
     def prefetch(self, offset: int, length: int) -> None:
         """Ask the kernel to read ahead."""
@@ -67,18 +71,24 @@ class LocalWriter:
     def __init__(self, path: Path, *, mode: int) -> None:
         """Create the file, which must not exist."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._path = path
         self._descriptor = os.open(path, flags, mode)
         self._written = 0
 
     def write(self, buffers: Sequence[memoryview]) -> None:
         """Append the buffers and have the kernel start to store them."""
         start = self._written
-        for first in range(0, len(buffers), _MAX_BUFFERS):
-            group = buffers[first : first + _MAX_BUFFERS]
-            found = os.writev(self._descriptor, group)
-            self._written += found
-            _write_rest(self._descriptor, group, done=found)
-            self._written += sum(len(buffer) for buffer in group) - found
+        try:
+            for first in range(0, len(buffers), _MAX_BUFFERS):
+                group = buffers[first : first + _MAX_BUFFERS]
+                found = os.writev(self._descriptor, group)
+                self._written += found
+                _write_rest(self._descriptor, group, done=found)
+                self._written += sum(len(buffer) for buffer in group) - found
+        except OSError as error:
+            wanted = start + sum(len(buffer) for buffer in buffers)
+            _name(error, self._path, doing=f"writing bytes {self._written} to {wanted}")
+            raise
         # on Linux this starts the write-back of dirty pages, so that the sync at the end finds little to do
         os.posix_fadvise(self._descriptor, start, self._written - start, os.POSIX_FADV_DONTNEED)
 
@@ -88,6 +98,9 @@ class LocalWriter:
         if descriptor >= 0:
             try:
                 os.fsync(descriptor)
+            except OSError as error:
+                _name(error, self._path, doing=f"storing {self._written} bytes")
+                raise
             finally:
                 os.close(descriptor)
 
@@ -297,6 +310,13 @@ class LocalStore:
             os.unlink(path)
 
 
+def _name(error: OSError, path: Path, *, doing: str = "") -> None:
+    """Put into an error what calls on a descriptor leave out: the file, and what was done to it."""
+    error.filename = str(path)
+    if doing:
+        error.strerror = f"{error.strerror}, {doing}"
+
+
 def _open_regular(path: Path) -> int:
     # without O_NONBLOCK a pipe under this name would block for ever
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -323,5 +343,8 @@ def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        _name(error, path, doing="storing the names in it")
+        raise
     finally:
         os.close(descriptor)
