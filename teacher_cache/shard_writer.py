@@ -41,16 +41,18 @@ def checksum(rows: Shaped[np.ndarray, "rows ..."]) -> int:
 class ShardWriter:
     """Appends samples to the arrays of one shard under ``folder``, a name that no other writer uses.
 
-    A pipeline: the caller's thread checks and appends, a second one checksums, compresses and hashes batches, a third
-    one writes them. Appended arrays must not change until :meth:`finish`. Memory is bounded by two batches per array.
+    A pipeline: the caller's thread checks and appends, a second one compresses and checksums batches, two more hash and
+    write them. Appended arrays must not change until :meth:`finish`. Memory is bounded by two batches per array.
     """
 
     def __init__(self, store: Store, folder: str, *, layout: Layout) -> None:
         """Start a shard; its files come into being with their first rows."""
         self._store = store
         self._folder = folder
-        self._encoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-encode")
-        self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-write")
+        self._encoding, self._hashing, self._writing = (
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"shard-{stage}")
+            for stage in ("encode", "hash", "write")
+        )
         self._arrays = {
             name: _ArrayWriter(self, name, field=field, compression=layout.compression)
             for name, field in stored_fields(layout).items()
@@ -89,15 +91,24 @@ class ShardWriter:
         return file
 
     def submit(
-        self, encode: Callable[[], list[memoryview]], write: Callable[[list[memoryview]], None]
+        self,
+        encode: Callable[[], list[memoryview]],
+        digest: Callable[[list[memoryview]], None],
+        write: Callable[[list[memoryview]], None],
     ) -> "Future[None]":
-        """Encode and then write a batch in the background, each in the order of the calls."""
+        """Encode a batch, then hash and write it in the background, each in the order of the calls."""
         encoded = self._encoding.submit(encode)
-        return self._writing.submit(lambda: write(encoded.result()))
+        hashed = self._hashing.submit(lambda: digest(encoded.result()))
+
+        def finish() -> None:
+            write(encoded.result())
+            hashed.result()
+
+        return self._writing.submit(finish)
 
     def close(self) -> None:
         """Let go of files that were not completed."""
-        for pool in (self._encoding, self._writing):
+        for pool in (self._encoding, self._hashing, self._writing):
             pool.shutdown(cancel_futures=True)
         for file in self._files:
             file.abort()
@@ -128,11 +139,12 @@ class _ArrayWriter:
         self._batch_bytes = 0
         self._writes: deque[Future[None]] = deque()
         # the encoding thread's
-        self._hasher = blake3()
-        self._size_bytes = 0
         self._chunk: list[memoryview] = []
         self._chunk_bytes = 0
         self._chunks: list[tuple[int, int]] = []
+        # the hashing thread's
+        self._hasher = blake3()
+        self._size_bytes = 0
         # the writing thread's
         self._file: FileWriter | None = None
 
@@ -148,7 +160,7 @@ class _ArrayWriter:
         """Send off all that is left."""
         self._submit_batch()
         if self.geometry.num_rows:
-            self._writes.append(self._shard.submit(self._encode_end, self._write))
+            self._writes.append(self._shard.submit(self._encode_end, self._digest, self._write))
 
     def wait(self) -> dict[str, FileDigest]:
         """Return the digest of the object once it is written."""
@@ -163,7 +175,7 @@ class _ArrayWriter:
         batch, self._batch, self._batch_bytes = self._batch, [], 0
         while len(self._writes) >= _BATCHES_AHEAD:
             self._writes.popleft().result()
-        self._writes.append(self._shard.submit(lambda: self._encode_batch(batch), self._write))
+        self._writes.append(self._shard.submit(lambda: self._encode_batch(batch), self._digest, self._write))
 
     def _write(self, buffers: list[memoryview]) -> None:
         if buffers:
@@ -182,7 +194,7 @@ class _ArrayWriter:
                 self._chunk_bytes += len(part)
                 if self._chunk_bytes == self.geometry.chunk_bytes:
                     encoded += self._end_chunk()
-        return self._hash(encoded)
+        return encoded
 
     def _encode_end(self) -> list[memoryview]:
         encoded: list[memoryview] = []
@@ -190,7 +202,7 @@ class _ArrayWriter:
             self._chunk.append(memoryview(bytes(self.geometry.chunk_bytes - self._chunk_bytes)))
             encoded += self._end_chunk()
         index = np.array(self._chunks, dtype="<u8").tobytes()
-        return self._hash([*encoded, memoryview(index), _crc_bytes([memoryview(index)])])
+        return [*encoded, memoryview(index), _crc_bytes([memoryview(index)])]
 
     def _end_chunk(self) -> list[memoryview]:
         parts, self._chunk, self._chunk_bytes = self._chunk, [], 0
@@ -202,11 +214,10 @@ class _ArrayWriter:
         self._chunks.append((start, sum(map(len, parts))))
         return parts
 
-    def _hash(self, encoded: list[memoryview]) -> list[memoryview]:
-        for buffer in encoded:
+    def _digest(self, buffers: list[memoryview]) -> None:
+        for buffer in buffers:
             self._hasher.update(buffer)
             self._size_bytes += len(buffer)
-        return encoded
 
 
 def _crc_bytes(parts: Sequence[memoryview]) -> memoryview:
