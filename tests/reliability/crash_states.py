@@ -7,14 +7,14 @@ disk, in any order, and a write may be there in part. Stricter than ext4, xfs or
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from blake3 import blake3
 
-from tests.reliability.shim import Step, intercept
+from tests.reliability.shim import Killed, Point, Step, intercept, stop_at
 
 Extent = Literal["whole", "half", "zeros"]
 
@@ -109,6 +109,21 @@ class Moment:
     acknowledged: frozenset[str]
     last: Step | None
 
+    @property
+    def is_within_shard(self) -> bool:
+        """Whether a file of a shard was being written: the longest part of a build, of which nothing is named yet."""
+        return self.last is not None and "shards" in self.last.path.parts
+
+    def state(self, kept: dict[int, Extent]) -> "State":
+        """Return the state in which, of what is pending, this much reached the disk."""
+        disk = self.durable.copy()
+        for number, extent in sorted(kept.items()):
+            disk.apply(self.pending[number], extent=extent)
+        after = "nothing" if self.last is None else f"{self.last.kind} {self.last.path}"
+        return State(
+            disk=disk, acknowledged=self.acknowledged, after=after, kept=f"{kept} of {len(self.pending)} pending steps"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class State:
@@ -148,9 +163,16 @@ class Recorder:
         self.moments[-1] = replace(self.moments[-1], acknowledged=self._acknowledged)
 
     @contextmanager
-    def following(self) -> Iterator[None]:
-        """Follow what is done within the block."""
-        with intercept(self._take):
+    def following(self, *, stop: Point | None = None) -> Iterator[None]:
+        """Follow what is done within the block; from ``stop`` on nothing is done any more, as after a kill."""
+        stopping = None if stop is None else stop_at(stop)
+
+        def react(step: Step) -> None:
+            if stopping is not None:
+                stopping(step)
+            self._take(step)
+
+        with intercept(react), suppress(Killed):
             yield
 
     def _take(self, step: Step) -> None:
@@ -207,18 +229,16 @@ class Recorder:
         self.moments.append(moment)
 
 
-def distinct_states(moments: Iterable[Moment], *, chooser: random.Random) -> list[State]:
+def states_of(moments: Iterable[Moment], *, chooser: random.Random) -> list[State]:
     """Return the states that a power cut at these moments may leave, each once for what is acknowledged by then."""
+    return distinct(moment.state(kept) for moment in moments for kept in _choices(moment.pending, chooser=chooser))
+
+
+def distinct(states: Iterable[State]) -> list[State]:
+    """Leave out states that were there before with as much acknowledged."""
     found: dict[tuple[str, frozenset[str]], State] = {}
-    for moment in moments:
-        after = "nothing" if moment.last is None else f"{moment.last.kind} {moment.last.path}"
-        for chosen in _choices(moment.pending, chooser=chooser):
-            disk = moment.durable.copy()
-            for number, extent in sorted(chosen.items()):
-                disk.apply(moment.pending[number], extent=extent)
-            kept = f"{chosen} of {len(moment.pending)}"
-            state = State(disk=disk, acknowledged=moment.acknowledged, after=after, kept=kept)
-            found.setdefault((disk.digest(), moment.acknowledged), state)
+    for state in states:
+        found.setdefault((state.disk.digest(), state.acknowledged), state)
     return list(found.values())
 
 

@@ -54,7 +54,7 @@ def spread(items: Sequence[T], work: Callable[[T, Path], object]) -> None:
         AssertionError: it failed for an item, which is named.
     """
     context = get_context("fork")
-    failures = context.SimpleQueue()
+    failures, failed = context.SimpleQueue(), context.Event()
 
     def labour(number: int) -> None:
         gc.freeze()  # what was there before the fork need not be searched for garbage
@@ -66,8 +66,11 @@ def spread(items: Sequence[T], work: Callable[[T, Path], object]) -> None:
                     work(item, place)
                 except BaseException:
                     failures.put(f"{item}:\n{traceback.format_exc()}")
+                    failed.set()
                     return
                 shutil.rmtree(place)
+                if failed.is_set():
+                    break
         failures.put("")
 
     processes: list[Any] = [context.Process(target=labour, args=(number,)) for number in range(WORKERS)]

@@ -68,6 +68,10 @@ class Step:
 React = Callable[[Step], None]
 
 
+class Killed(BaseException):
+    """Stands for a process that is gone: no handler of an error catches it."""
+
+
 class OsShim:
     """Acts as the module ``os`` and calls ``react`` before each step of the chosen kinds."""
 
@@ -250,6 +254,19 @@ def kill_at(point: Point) -> React:
     def react(step: Step) -> None:
         if point.is_at(step):
             os.kill(os.getpid(), signal.SIGKILL)
+
+    return react
+
+
+def stop_at(point: Point) -> React:
+    """Return a reaction that ends the work at a point within this process: not even its clean-up does a step."""
+    stopped = False
+
+    def react(step: Step) -> None:
+        nonlocal stopped
+        stopped = stopped or point.is_at(step)
+        if stopped:
+            raise Killed(point)
 
     return react
 
