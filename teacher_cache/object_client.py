@@ -8,7 +8,7 @@ from typing import Any
 from obstore.exceptions import BaseError
 from obstore.store import MemoryStore, from_url
 
-from teacher_cache.errors import CacheError, ConfigError
+from teacher_cache.errors import ConfigError
 from teacher_cache.storage import uri_scheme
 
 TIMEOUT_S = float(os.environ.get("GENRECAL_STORE_TIMEOUT_S", "60"))
@@ -21,16 +21,12 @@ _memory: dict[str, MemoryStore] = {}
 _first_process: int | None = None
 
 
-def require_no_fork(uri: str) -> None:
-    """Refuse a forked child of a process that has used an object store: the client's threads are not in it."""
+def is_forked() -> bool:
+    """Tell whether a process that this one was forked from has used an object store: its threads are not in here."""
     global _first_process
     if _first_process is None:
         _first_process = os.getpid()
-    if _first_process != os.getpid():
-        raise CacheError(
-            f"{uri} was read by process {_first_process} before it forked {os.getpid()}, and the client of object "
-            "stores does not survive a fork; read with threads, or start workers by 'spawn' or 'forkserver'"
-        )
+    return _first_process != os.getpid()
 
 
 def connect(uri: str) -> Any:

@@ -24,8 +24,9 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 
-from teacher_cache.errors import ConfigError
-from teacher_cache.object_client import connect, plain_message, require_no_fork
+from teacher_cache.errors import CacheError, ConfigError
+from teacher_cache.object_client import connect, is_forked, plain_message
+from teacher_cache.object_service import ObjectService
 from teacher_cache.storage import DOCUMENT_LIMIT_BYTES, FileEntry, TruncatedFile, check_name, uri_scheme
 
 T = TypeVar("T")
@@ -137,10 +138,13 @@ class ObjectStore:
             )
         self.uri = uri.rstrip("/")
         self._clients: dict[int, Any] = {}
+        self._service: ObjectService | None = None
         self._lock = threading.Lock()
 
     def read(self, name: str, *, limit_bytes: int = DOCUMENT_LIMIT_BYTES) -> bytes:
         """Return a whole object, in one request."""
+        if (service := self._forked_service()) is not None:
+            return bytes(service.ask("read", name, limit_bytes=limit_bytes))
 
         def get(client: Any, path: str) -> bytes:
             answer = obstore.get(client, path)
@@ -154,6 +158,9 @@ class ObjectStore:
 
     def size(self, name: str) -> int | None:
         """Return the length of an object."""
+        if (service := self._forked_service()) is not None:
+            size: int | None = service.ask("size", name)
+            return size
         try:
             return int(self.call(name, lambda client, path: obstore.head(client, path))["size"])
         except FileNotFoundError:
@@ -197,6 +204,9 @@ class ObjectStore:
 
     def list(self, folder: str) -> Iterator[FileEntry]:
         """Yield every object under a prefix."""
+        if (service := self._forked_service()) is not None:
+            yield from (FileEntry(**entry) for entry in service.ask("list", folder))
+            return
         entries = self.call(
             folder, lambda client, path: [entry for page in obstore.list(client, path or None) for entry in page]
         )
@@ -205,6 +215,8 @@ class ObjectStore:
 
     def folders(self, folder: str) -> tuple[str, ...]:
         """Return the names of the prefixes one level below a prefix."""
+        if (service := self._forked_service()) is not None:
+            return tuple(service.ask("folders", folder))
         found = self.call(folder, lambda client, path: obstore.list_with_delimiter(client, path))
         return tuple(sorted(str(prefix).rstrip("/").rsplit("/", 1)[-1] for prefix in found["common_prefixes"]))
 
@@ -235,6 +247,8 @@ class ObjectStore:
 
     def get_range(self, name: str, *, offset: int, length: int) -> Any:
         """Return some bytes of an object, in one request; fewer where it ends before."""
+        if (service := self._forked_service()) is not None:
+            return service.ask("get_range", name, offset=offset, length=length)
         return self.call(name, lambda client, path: obstore.get_range(client, path, start=offset, length=length))
 
     def call(self, name: str, request: Callable[[Any, str], T], *, missing_is_fine: bool = False) -> T:
@@ -258,11 +272,23 @@ class ObjectStore:
     def __reduce__(self) -> tuple[object, ...]:
         return ObjectStore, (self.uri,)
 
+    def _forked_service(self) -> ObjectService | None:
+        if not is_forked():
+            return None
+        if self._service is None or not self._service.is_ours:
+            with self._lock:
+                self._service = ObjectService(self.uri)
+        return self._service
+
     def _client(self) -> Any:
         process = os.getpid()
         client = self._clients.get(process)
         if client is None:
+            if is_forked():
+                raise CacheError(
+                    f"{self.uri}: process {process} was forked after an object store was used, and can only read it; "
+                    "start processes that write by 'spawn' or 'forkserver'"
+                )
             with self._lock:
-                require_no_fork(self.uri)
                 client = self._clients[process] = connect(self.uri)
         return client

@@ -1,6 +1,7 @@
 """Repair: gives up what is damaged, so that the next build computes it again and nothing else."""
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from teacher_cache.errors import CacheError
@@ -34,10 +35,32 @@ def repair_cache(uri: str) -> RepairReport:
     Raises:
         CacheNotFound: there is no cache.
         CacheCorrupt: the manifest or the plan was changed: no shard can be told from it any more.
+        CacheError: the store refused a step, or does not give a file: what it holds may be intact.
     """
     store = open_store(uri)
     manifest = read_manifest(store)
     problems = verify_cache(uri).problems
+    _require_readable(problems, uri=uri)
+    try:
+        return _repair(store, manifest, problems, uri=uri)
+    except OSError as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(
+            f"{uri} cannot be repaired: {error}; free space or mend the store, then repair again"
+        ) from error
+
+
+def _require_readable(problems: Sequence[Problem], *, uri: str) -> None:
+    unreadable = [problem for problem in problems if problem.kind == "unreadable"]
+    if unreadable:
+        raise CacheError(
+            f"{len(unreadable)} file(s) of {uri} cannot be read, so nothing was repaired: {unreadable[0].message}; "
+            "mend the store, or remove the files that it has lost, then repair again"
+        )
+
+
+def _repair(store: Store, manifest: Manifest, problems: Sequence[Problem], *, uri: str) -> RepairReport:
     damaged = list(dict.fromkeys(problem.shard_id for problem in problems if problem.shard_id is not None))
     for shard_id in damaged:
         _withdraw(store, manifest, shard_id)

@@ -1,5 +1,6 @@
 """Checks of one shard and of one file against what was committed."""
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,7 @@ from teacher_cache.plan import PlannedShard
 from teacher_cache.sample_index import ShardEntry
 from teacher_cache.shard_reader import RowRange, ShardReader
 from teacher_cache.shard_writer import OFFSETS, offsets_field
-from teacher_cache.storage import Store
+from teacher_cache.storage import Store, TruncatedFile
 from teacher_cache.stored_digest import require_digest
 from teacher_cache.zarr_format import ArrayGeometry, object_name
 
@@ -25,6 +26,9 @@ LEVELS: dict[Level, str] = {
     "quick": "names and lengths of all files, and the documents",
 }
 Kind = Literal["missing", "changed", "extra", "unreadable"]
+"""``unreadable`` says nothing about what is stored: the store did not give it."""
+
+_NO_FILE_OF_OURS = (errno.EINVAL, errno.ELOOP, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,8 @@ def check_shard(
                 raise CacheCorrupt(f"shard {shard_id}: {name} was changed after the cache was completed")
         except (CacheError, OSError) as error:
             record = None
-            problems.append(Problem(kind="changed", path=name, message=str(error), shard_id=shard_id))
+            kind: Kind = "unreadable" if is_unreadable(error) else "changed"
+            problems.append(Problem(kind=kind, path=name, message=str(error), shard_id=shard_id))
     if record is None or record.withdrawn is not None:
         return Check(known=frozenset(known), problems=tuple(problems), missing=record is not None)
     known |= {f"{record.folder}/{path}" for path in record.files}
@@ -130,10 +135,19 @@ def check_file(
             found = "is missing" if size is None else f"has {size} bytes"
             raise CacheCorrupt(f"{where}: {store.uri}/{name} {found}, {expected.size_bytes} bytes were committed")
     except (CacheError, OSError) as error:
-        yield Problem(kind=_kind(store, name), path=name, message=str(error), shard_id=shard_id)
+        yield Problem(kind=_kind(store, name, error), path=name, message=str(error), shard_id=shard_id)
 
 
-def _kind(store: Store, name: str) -> Kind:
+def is_unreadable(error: CacheError | OSError) -> bool:
+    """Tell a store that does not answer from bytes that are gone or wrong: only those are to be computed again."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    gone = (FileNotFoundError, NotADirectoryError, TruncatedFile)
+    return isinstance(cause, OSError) and not isinstance(cause, gone) and cause.errno not in _NO_FILE_OF_OURS
+
+
+def _kind(store: Store, name: str, error: CacheError | OSError) -> Kind:
+    if is_unreadable(error):
+        return "unreadable"
     try:
         return "missing" if store.size(name) is None else "changed"
     except OSError:
@@ -162,4 +176,5 @@ def _check_rows(store: Store, record: CommitRecord) -> Iterator[Problem]:
         if not np.array_equal(reader.read_offsets(), np.stack([offsets[axis] for axis in AXES], axis=1)):
             raise CacheCorrupt(f"shard {record.shard_id}: the stored offsets differ from its commit record")
     except CacheError as error:
-        yield Problem(kind="changed", path=record.folder, message=str(error), shard_id=record.shard_id)
+        kind: Kind = "unreadable" if is_unreadable(error) else "changed"
+        yield Problem(kind=kind, path=record.folder, message=str(error), shard_id=record.shard_id)

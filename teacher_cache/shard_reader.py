@@ -78,8 +78,8 @@ class ShardReader:
             except (FileNotFoundError, NotADirectoryError, TruncatedFile, ValueError) as error:
                 raise self._corrupt(name, rows.sample_id, f"{type(error).__name__}: {error}") from error
             except OSError as error:
-                path = f"{self._store.uri}/{self._folder}/{name}"
-                raise CacheError(f"shard {self._shard_id}: cannot read {path}: {error}") from error
+                path, sample = self._path(name), _of_sample(rows.sample_id)
+                raise CacheError(f"shard {self._shard_id}{sample}: cannot read {path}: {error}") from error
         if rows.crc32c is not None and checksum(result) != rows.crc32c:
             raise self._corrupt(name, rows.sample_id, "its rows differ from what was committed")
         return result
@@ -161,12 +161,17 @@ class ShardReader:
         return file
 
     def _corrupt(self, name: str, sample_id: str, reason: str) -> CacheCorrupt:
-        path = f"{self._store.uri}/{self._folder}/{object_name(name, self._geometries[name])}"
-        sample = f", sample {sample_id!r}" if sample_id else ""
         return CacheCorrupt(
-            f"shard {self._shard_id}{sample}: {path} is damaged: {reason}; run `genrecal cache verify`, then "
-            "`genrecal cache repair`"
+            f"shard {self._shard_id}{_of_sample(sample_id)}: {self._path(name)} is damaged: {reason}; run "
+            "`genrecal cache verify`, then `genrecal cache repair`"
         )
+
+    def _path(self, name: str) -> str:
+        return f"{self._store.uri}/{self._folder}/{object_name(name, self._geometries[name])}"
+
+
+def _of_sample(sample_id: str) -> str:
+    return f", sample {sample_id!r}" if sample_id else ""
 
 
 def _stored_position(geometry: ArrayGeometry, row: int) -> int:

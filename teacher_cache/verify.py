@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from teacher_cache.claims import CLAIMS
 from teacher_cache.durable_files import digest_bytes
-from teacher_cache.errors import CacheError, CacheIncomplete
+from teacher_cache.errors import CacheCorrupt, CacheError, CacheIncomplete
 from teacher_cache.gc import ATTEMPT
 from teacher_cache.ledger import SHARDS, standing_revisions
 from teacher_cache.local_store import STAGING
 from teacher_cache.manifest import MANIFEST, Manifest, read_document, read_manifest
 from teacher_cache.plan import Plan, PlannedShard, generation_name, read_plan
-from teacher_cache.shard_checks import Check, Level, Problem, check_file, check_shard
+from teacher_cache.shard_checks import Check, Kind, Level, Problem, check_file, check_shard, is_unreadable
 from teacher_cache.snapshot import SNAPSHOTS, Snapshot, latest_snapshot, map_index, read_snapshot, snapshot_name
 from teacher_cache.storage import Store, open_store
 
@@ -56,7 +56,30 @@ def verify_cache(uri: str, *, level: Level = "full", trusted_digest: str | None 
     Raises:
         CacheNotFound: there is no cache.
         CacheCorrupt: the manifest or the plan was changed, so that nothing more can be said.
+        CacheError: the store cannot be listed.
     """
+    try:
+        return _verify(uri, level=level, trusted_digest=trusted_digest)
+    except OSError as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(f"{uri} cannot be verified: {error}; mend the store, then verify again") from error
+
+
+def snapshot_digest(uri: str) -> str:
+    """Return the BLAKE3 (hex) of the latest snapshot, which covers every byte of the cache.
+
+    Raises:
+        CacheIncomplete: there is no snapshot yet.
+    """
+    store = open_store(uri)
+    number = latest_snapshot(store)
+    if number is None:
+        raise CacheIncomplete(f"{uri} has no snapshot; complete the build")
+    return digest_bytes(read_document(store, snapshot_name(number), where=f"snapshot {number}")).blake3
+
+
+def _verify(uri: str, *, level: Level, trusted_digest: str | None) -> VerifyReport:
     store = open_store(uri)
     manifest = read_manifest(store)
     plan = read_plan(store, manifest)
@@ -87,19 +110,6 @@ def verify_cache(uri: str, *, level: Level = "full", trusted_digest: str | None 
     )
 
 
-def snapshot_digest(uri: str) -> str:
-    """Return the BLAKE3 (hex) of the latest snapshot, which covers every byte of the cache.
-
-    Raises:
-        CacheIncomplete: there is no snapshot yet.
-    """
-    store = open_store(uri)
-    number = latest_snapshot(store)
-    if number is None:
-        raise CacheIncomplete(f"{uri} has no snapshot; complete the build")
-    return digest_bytes(read_document(store, snapshot_name(number), where=f"snapshot {number}")).blake3
-
-
 def _check_trusted(store: Store, latest: Snapshot | None, *, trusted_digest: str) -> Iterator[Problem]:
     found = None if latest is None else snapshot_digest(store.uri)
     if found != trusted_digest:
@@ -116,6 +126,7 @@ def _check_snapshots(store: Store, manifest: Manifest) -> tuple[list[Snapshot], 
             snapshots.append(read_snapshot(store, number, fingerprint=manifest.fingerprint))
         except CacheError as error:
             kind: Kind = "changed" if number in numbers else "missing"
+            kind = "unreadable" if is_unreadable(error) else kind
             problems.append(Problem(kind=kind, path=snapshot_name(number), message=str(error)))
     return snapshots, problems
 
@@ -140,7 +151,7 @@ def _check_shards(
     try:
         index = None if latest is None else map_index(store, latest)
         entries = {} if index is None else {entry.shard_id: entry for entry in index.shards}
-    except CacheError:
+    except CacheCorrupt:
         entries = {}  # the digest of the index says so
 
     def check(shard: PlannedShard) -> Check:

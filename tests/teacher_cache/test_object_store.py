@@ -1,5 +1,6 @@
 """The whole protocol on an S3-compatible store, through faults."""
 
+import multiprocessing
 import os
 import pickle
 import random
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from teacher_cache import object_client, open_cache
+from teacher_cache import TeacherCache, object_client, open_cache
 from teacher_cache.errors import CacheCorrupt, CacheError, ConfigError
 from teacher_cache.gc import collect_garbage
 from teacher_cache.object_store import ObjectStore
@@ -182,22 +183,31 @@ def test_a_damaged_or_missing_object_is_found_and_repaired(s3: S3) -> None:
     require_whole(s3.uri)
 
 
-def test_a_fork_of_a_reader_is_told_what_to_do(s3: S3) -> None:
+def work_in_fork(cache: TeacherCache, uri: str, told: "multiprocessing.Queue[str]") -> None:
+    for found, sample in zip(cache.read([s.sample_id for s in SAMPLES], threads=2), SAMPLES, strict=True):
+        assert_same(found, sample)
+    for attempt in (lambda: cache.read(["absent"]), lambda: ObjectStore(uri).create("new", b"")):
+        try:
+            attempt()
+        except CacheError as error:
+            told.put(str(error))
+
+
+def test_forked_workers_read_and_do_not_write(s3: S3) -> None:
     build_at(s3.uri)
     cache = open_cache(s3.uri)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            cache.read(["sample-0"])
-        except CacheError as error:
-            os.write(writing, str(error).encode())
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as answer:
-        assert b"does not survive a fork; read with threads, or start workers by 'spawn'" in answer.read()
+    assert_same(cache.read(["sample-0"])[0], SAMPLES[0])
+    context = multiprocessing.get_context("fork")
+    told: multiprocessing.Queue[str] = context.Queue()
+    workers = [context.Process(target=work_in_fork, args=(cache, s3.uri, told), daemon=True) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    messages = [told.get(timeout=120) for _ in range(4)]
+    for worker in workers:
+        worker.join(timeout=60)
+        assert worker.exitcode == 0
+    assert sum("'absent' is not in the cache" in message for message in messages) == 2
+    assert sum("can only read it; start processes that write by 'spawn'" in message for message in messages) == 2
 
 
 def test_a_store_must_refuse_a_second_create(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
