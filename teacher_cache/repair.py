@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from teacher_cache.errors import CacheError
 from teacher_cache.ledger import SHARDS, CommitRecord, no_rows, record_name, standing_revisions
-from teacher_cache.manifest import Manifest, read_manifest
+from teacher_cache.manifest import MANIFEST, Manifest, read_manifest
+from teacher_cache.plan import PLANS
 from teacher_cache.shard_checks import Problem
 from teacher_cache.snapshot import INDEX, SNAPSHOTS
 from teacher_cache.storage import Store, open_store
@@ -64,8 +65,12 @@ def _repair(store: Store, manifest: Manifest, problems: Sequence[Problem], *, ur
     damaged = list(dict.fromkeys(problem.shard_id for problem in problems if problem.shard_id is not None))
     for shard_id in damaged:
         _withdraw(store, manifest, shard_id)
-    fixed = (manifest.plan.file, "" if manifest.teacher_head is None else manifest.teacher_head.file)
-    beyond = [problem for problem in problems if problem.path in fixed]
+    fixed = (MANIFEST, "" if manifest.teacher_head is None else manifest.teacher_head.file)
+    beyond = [
+        problem
+        for problem in problems
+        if problem.kind != "extra" and (problem.path in fixed or problem.path.startswith(f"{PLANS}/"))
+    ]
     snapshots = [problem.path for problem in problems if problem.path.startswith(f"{SNAPSHOTS}/")]
     removable = [
         problem.path
