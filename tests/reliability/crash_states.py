@@ -111,8 +111,8 @@ class Moment:
 
     @property
     def is_within_shard(self) -> bool:
-        """Whether a file of a shard was being written: the longest part of a build, of which nothing is named yet."""
-        return self.last is not None and "shards" in self.last.path.parts
+        """Whether a shard was being written."""
+        return self.last is not None and self.last.is_within_shard
 
     def state(self, kept: dict[int, Extent]) -> "State":
         """Return the state in which, of what is pending, this much reached the disk."""
@@ -229,9 +229,17 @@ class Recorder:
         self.moments.append(moment)
 
 
-def states_of(moments: Iterable[Moment], *, chooser: random.Random) -> list[State]:
-    """Return the states that a power cut at these moments may leave, each once for what is acknowledged by then."""
-    return distinct(moment.state(kept) for moment in moments for kept in _choices(moment.pending, chooser=chooser))
+def states_of(moments: Iterable[Moment], *, chooser: random.Random, most: int | None = None) -> list[State]:
+    """Return the states that a power cut at these moments may leave, each once for what is acknowledged by then.
+
+    With ``most``, no more than so many of each moment, chosen at random.
+    """
+    return distinct(
+        moment.state(kept)
+        for moment in moments
+        for choices in [list(_choices(moment.pending, chooser=chooser))]
+        for kept in (choices if most is None else chooser.sample(choices, min(most, len(choices))))
+    )
 
 
 def distinct(states: Iterable[State]) -> list[State]:

@@ -58,6 +58,11 @@ class Step:
     """What is written, or read into."""
     descriptor: int = -1
 
+    @property
+    def is_within_shard(self) -> bool:
+        """Whether a shard is being written: the longest part of a build, of which nothing is named yet."""
+        return "shards" in self.path.parts
+
     def do_half(self) -> None:
         """Write the first half of what is to be written."""
         data = b"".join(self.buffers)
@@ -114,6 +119,9 @@ class OsShim:
         self._step("sync folder" if path.is_dir() else "sync file", path, descriptor=descriptor)
         if self._durable:
             os.fsync(descriptor)
+
+    def posix_fadvise(self, *_: int) -> None:
+        """Ignore the advice, as a kernel may: what is written stays in memory until it is synced."""
 
     def mkdir(self, path: Any, mode: int = 0o777) -> None:
         self._step("mkdir", path)

@@ -19,16 +19,16 @@ from tests.reliability.shim import Point, one_thread
 class Effort:
     """How many states are checked, of each scenario."""
 
-    states: int
-    """At most."""
+    states_within_shards: int | None
+    """At most, of each moment at which a shard is being written; of all other moments every state is checked."""
     recoveries: int
     """From power cuts, that are cut off by a second one."""
     states_per_recovery: int
 
 
-QUICK = Effort(states=450, recoveries=5, states_per_recovery=6)
-LONG = Effort(states=10_000, recoveries=40, states_per_recovery=20)
-LEAST_STATES = {"create": 35, "build": 400, "extend": 400, "drop": 160, "repair": 5}
+QUICK = Effort(states_within_shards=7, recoveries=5, states_per_recovery=6)
+LONG = Effort(states_within_shards=None, recoveries=40, states_per_recovery=20)
+LEAST_STATES = {"create": 35, "build": 600, "extend": 350, "drop": 90, "repair": 5}
 LEAST_COMPOUND = 30
 
 
@@ -60,13 +60,12 @@ def record_restart(scenario: Scenario, *, killed_at: Point) -> list[Moment]:
         return recorder.moments[done:]
 
 
-def states_of_run(moments: Sequence[Moment], *, limit: int) -> list[State]:
-    """Return distinct states of a run; where there are too many, a random choice of those within a shard."""
+def states_of_run(moments: Sequence[Moment], *, most_within_shards: int | None) -> list[State]:
+    """Return distinct states that a power cut during a run may leave."""
     chooser = random.Random(0)
-    few = states_of((moment for moment in moments if not moment.is_within_shard), chooser=chooser)
-    many = states_of((moment for moment in moments if moment.is_within_shard), chooser=chooser)
-    chooser.shuffle(many)
-    return [*few, *many][:limit]
+    others = states_of((moment for moment in moments if not moment.is_within_shard), chooser=chooser)
+    within = (moment for moment in moments if moment.is_within_shard)
+    return distinct([*others, *states_of(within, chooser=chooser, most=most_within_shards)])
 
 
 def states_of_recoveries(states: Sequence[State], scenario: Scenario, *, effort: Effort) -> list[State]:
@@ -78,7 +77,7 @@ def states_of_recoveries(states: Sequence[State], scenario: Scenario, *, effort:
             state.disk.write_to(place)
             moments = record(scenario.resume, place, acknowledged=state.acknowledged)
         for moment in chooser.sample(moments, min(effort.states_per_recovery, len(moments))):
-            found += chooser.choices(states_of([moment], chooser=chooser))
+            found += states_of([moment], chooser=chooser, most=1)
     return found
 
 
@@ -109,7 +108,7 @@ def recover_all(scenario: Scenario, *, effort: Effort) -> tuple[int, int]:
     """Recover from states of one scenario; return how many power cuts and how many compound crashes there were."""
     with one_thread():
         moments = record_scenario(scenario)
-        states = states_of_run(moments, limit=effort.states)
+        states = states_of_run(moments, most_within_shards=effort.states_within_shards)
         spread(states, lambda state, place: recover(state, place, scenario))
         compound = states_of_restarts(moments, scenario) + states_of_recoveries(states, scenario, effort=effort)
         spread(compound, lambda state, place: recover(state, place, scenario))
