@@ -170,7 +170,8 @@ def test_positions_matter_and_restart_in_each_sample(student_config):
     questions, answers = random_rows([TURNS[0], TURNS[0]])
     questions[5:], answers[6:] = questions[:5].clone(), answers[:6].clone()
     output = run(module, questions, answers, [TURNS[0], TURNS[0]])
-    assert torch.equal(output[:6], output[6:])
+    # a matrix product may round the same row differently at another place of the batch
+    torch.testing.assert_close(output[:6], output[6:], rtol=0, atol=1e-12)
     swapped = questions[:5].clone()[[1, 0, 2, 3, 4]]
     assert not torch.allclose(run(module, swapped, answers[:6], TURNS[:1]), output[:6])
 
