@@ -58,6 +58,7 @@ def cache_identity(config: CacheConfig) -> dict[str, Any]:
         },
         "targets": {"question_fraction": config.targets.question_fraction, "topk": config.targets.topk},
         "tap": TAP,
+        "codec": config.targets.codec,
     }
 
 

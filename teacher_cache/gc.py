@@ -13,11 +13,12 @@ from pathlib import PurePosixPath
 
 from teacher_cache.claims import CLAIMS, claim_shard_id
 from teacher_cache.codec import stored_fields
-from teacher_cache.errors import CacheError, CacheMismatch
+from teacher_cache.errors import CacheError, CacheIncomplete
 from teacher_cache.ledger import SHARDS, CommitRecord, read_standing
 from teacher_cache.local_store import STAGING
 from teacher_cache.manifest import Manifest, read_manifest
 from teacher_cache.plan import PLANS, Plan, read_plan
+from teacher_cache.progress import progress
 from teacher_cache.snapshot import INDEX, latest_snapshot, publish_snapshot, read_snapshot
 from teacher_cache.storage import FileEntry, Store, open_store
 
@@ -47,7 +48,7 @@ def collect_garbage(uri: str, *, drop_question_rows: bool = False) -> GcReport:
     Safe while builders and readers are at work; a reader that is reading tier Q meets an error when it goes.
 
     Raises:
-        CacheMismatch: tier Q is to go from a cache that is not complete.
+        CacheIncomplete: tier Q is to go from a cache that is not complete.
         CacheCorrupt: what decides is damaged; nothing was removed.
         CacheError: the store refused a step.
     """
@@ -60,15 +61,17 @@ def collect_garbage(uri: str, *, drop_question_rows: bool = False) -> GcReport:
             _drop_question_rows(store, manifest=manifest, plan=plan)
         complete = publish_snapshot(store, manifest=manifest)
         if complete is None and drop_question_rows:
-            raise CacheMismatch(f"{uri} is not complete: finish the build before tier Q is dropped")
+            raise CacheIncomplete(f"{uri} is not complete: finish the build before tier Q is dropped")
         records = complete or [
             record for record, _ in read_standing(store, plan, fingerprint=manifest.fingerprint).values()
         ]
         removed = _superfluous([*folders, *(entry.name for entry in files)], manifest=manifest, records=records)
         if complete is not None:
             removed += _unnamed_files(files, records=records) + _unnamed_indexes(store, files, manifest=manifest)
-        for name in removed:
-            store.remove(name)
+        with progress(total=len(removed), unit="item", description="cache gc") as bar:
+            for name in removed:
+                store.remove(name)
+                bar.update(1)
         kept = {record.folder for record in records}
         pending = tuple(name for name in _attempts(store) if name not in kept)
     except OSError as error:
@@ -141,7 +144,7 @@ def _drop_question_rows(store: Store, *, manifest: Manifest, plan: Plan) -> None
     """Commit revisions without tier Q; its files are then named by no record."""
     standing = read_standing(store, plan, fingerprint=manifest.fingerprint)
     if len(standing) < len(plan.shards) or any(record.withdrawn is not None for record, _ in standing.values()):
-        raise CacheMismatch(f"{store.uri} is not complete: finish the build before tier Q is dropped")
+        raise CacheIncomplete(f"{store.uri} is not complete: finish the build before tier Q is dropped")
     for record, _ in standing.values():
         without = _without_question_rows(record)
         if without is not None and not store.create(without.name, without.encode()):

@@ -7,10 +7,10 @@ from typing import Any
 from teacher_cache.errors import CacheError, CacheNotFound, FormatUnsupported
 from teacher_cache.ledger import read_standing
 from teacher_cache.manifest import MANIFEST, identity_differences, read_manifest
-from teacher_cache.plan import Plan, read_plan
+from teacher_cache.plan import read_plan
 from teacher_cache.sample_index import tier_bytes
 from teacher_cache.schema import TIERS
-from teacher_cache.snapshot import latest_snapshot
+from teacher_cache.snapshot import is_published, latest_snapshot
 from teacher_cache.storage import open_store
 
 _NAMED = 20
@@ -33,6 +33,8 @@ class CacheStatus:
     """Missing because a repair gave them up."""
     snapshot: int | None
     """Number of the latest complete state."""
+    published: bool
+    """The latest snapshot is of what is committed now; until it is, readers see an older state or none."""
     tier_bytes: dict[str, int]
 
     @property
@@ -73,6 +75,9 @@ class FoundCache:
     samples: int
     missing_samples: int
     """Samples of the run that it does not hold."""
+    changed_samples: int
+    """Samples of the run that it holds with another text or other images."""
+    tier_bytes: dict[str, int]
     differences: tuple[str, ...]
 
 
@@ -86,13 +91,11 @@ def cache_status(uri: str) -> CacheStatus:
     store = open_store(uri)
     manifest = read_manifest(store)
     plan = read_plan(store, manifest)
-    standing = {
-        shard_id: record
-        for shard_id, (record, _) in read_standing(store, plan, fingerprint=manifest.fingerprint).items()
-    }
-    committed = [record for record in standing.values() if record.withdrawn is None]
+    standing = read_standing(store, plan, fingerprint=manifest.fingerprint)
+    committed = [record for record, _ in standing.values() if record.withdrawn is None]
     done = {record.shard_id for record in committed}
     sizes = [tier_bytes(record) for record in committed]
+    complete = len(committed) == len(plan.shards)
     return CacheStatus(
         uri=uri,
         fingerprint=manifest.fingerprint,
@@ -104,6 +107,7 @@ def cache_status(uri: str) -> CacheStatus:
         missing_shards=tuple(shard.shard_id for shard in plan.shards if shard.shard_id not in done),
         withdrawn_shards=tuple(shard_id for shard_id in standing if shard_id not in done),
         snapshot=latest_snapshot(store),
+        published=complete and is_published(store, manifest=manifest, plan=plan, standing=list(standing.values())),
         tier_bytes={tier: sum(size[tier] for size in sizes) for tier in TIERS},
     )
 
@@ -122,7 +126,7 @@ def compare_caches(left: str, right: str) -> CacheDifference:
     (left_identity, left_samples), (right_identity, right_samples) = sides
     both = left_samples.keys() & right_samples.keys()
     return CacheDifference(
-        identity=tuple(identity_differences(stored=left_identity, asked=right_identity)),
+        identity=tuple(identity_differences(stored=left_identity, asked=right_identity, sides=("left", "right"))),
         only_left=tuple(sorted(left_samples.keys() - both)[:_NAMED]),
         only_right=tuple(sorted(right_samples.keys() - both)[:_NAMED]),
         changed=tuple(sorted(id_ for id_ in both if left_samples[id_] != right_samples[id_])[:_NAMED]),
@@ -146,7 +150,7 @@ def find_caches(folder: Path, *, identity: dict[str, Any], digests: dict[str, st
             found.append(_serves(str(path.parent), identity=identity, digests=digests))
         except (CacheNotFound, FormatUnsupported, CacheError) as error:
             found.append(_unusable(str(path.parent), str(error)))
-    return sorted(found, key=lambda cache: (not cache.serves, not cache.complete, cache.missing_samples, cache.uri))
+    return sorted(found, key=lambda cache: (not cache.serves, len(cache.differences), not cache.complete, cache.uri))
 
 
 def _serves(uri: str, *, identity: dict[str, Any], digests: dict[str, str]) -> FoundCache:
@@ -155,21 +159,29 @@ def _serves(uri: str, *, identity: dict[str, Any], digests: dict[str, str]) -> F
     plan = read_plan(store, manifest)
     differences = identity_differences(stored=manifest.identity, asked=identity)
     planned = plan.digests()
-    missing = sum(planned.get(sample_id) != digest for sample_id, digest in digests.items())
+    changed = sum(planned.get(sample_id, digest) != digest for sample_id, digest in digests.items())
+    missing = sum(sample_id not in planned for sample_id in digests)
+    status = cache_status(uri)
     return FoundCache(
         uri=uri,
-        serves=not differences and not missing,
-        complete=_is_complete(uri, plan),
+        serves=not (differences or missing or changed),
+        complete=status.complete and status.published,
         samples=len(planned),
         missing_samples=missing,
+        changed_samples=changed,
+        tier_bytes=status.tier_bytes,
         differences=tuple(differences),
     )
 
 
-def _is_complete(uri: str, plan: Plan) -> bool:
-    status = cache_status(uri)
-    return status.complete and status.planned_shards == len(plan.shards)
-
-
 def _unusable(uri: str, reason: str) -> FoundCache:
-    return FoundCache(uri=uri, serves=False, complete=False, samples=0, missing_samples=0, differences=(reason,))
+    return FoundCache(
+        uri=uri,
+        serves=False,
+        complete=False,
+        samples=0,
+        missing_samples=0,
+        changed_samples=0,
+        tier_bytes={},
+        differences=(reason,),
+    )

@@ -75,11 +75,13 @@ def fingerprint(identity: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
 
 
-def identity_differences(*, stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """Return one line per field that differs, as in ``teacher.weights: stored 'a', asked 'b'``."""
+def identity_differences(
+    *, stored: dict[str, Any], asked: dict[str, Any], sides: tuple[str, str] = ("stored", "asked")
+) -> list[str]:
+    """Return one line per field that differs, as in ``teacher.weights: stored "a", asked "b"``."""
     left, right = _flatten(stored), _flatten(asked)
     return [
-        f"{field}: stored {left.get(field, 'nothing')}, asked {right.get(field, 'nothing')}"
+        f"{field}: {sides[0]} {left.get(field, 'nothing')}, {sides[1]} {right.get(field, 'nothing')}"
         for field in sorted(left.keys() | right.keys())
         if left.get(field) != right.get(field)
     ]

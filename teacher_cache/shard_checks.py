@@ -25,7 +25,7 @@ LEVELS: dict[Level, str] = {
     "rows": "the checksum of every sample's rows",
     "quick": "names and lengths of all files, and the documents",
 }
-Kind = Literal["missing", "changed", "extra", "unreadable"]
+Kind = Literal["missing", "changed", "extra", "untrusted", "unreadable"]
 """``unreadable`` says nothing about what is stored: the store did not give it."""
 
 _NO_FILE_OF_OURS = (errno.EINVAL, errno.ELOOP, errno.EFBIG)
@@ -51,6 +51,8 @@ class Check:
     problems: tuple[Problem, ...] = ()
     samples: int = 0
     missing: bool = False
+    names_files: bool = True
+    """Whether a record says which files there are."""
 
 
 def check_shard(
@@ -60,9 +62,10 @@ def check_shard(
     shard_id = shard.shard_id
     if revision is None or (entry is not None and revision < entry.revision):
         if entry is None:
-            return Check(missing=True)
+            return Check(missing=True, names_files=False)
         message = f"shard {shard_id}: its commit record {entry.record_name} is missing from a completed cache"
-        return Check(problems=(Problem(kind="missing", path=entry.record_name, message=message, shard_id=shard_id),))
+        problem = Problem(kind="missing", path=entry.record_name, message=message, shard_id=shard_id)
+        return Check(problems=(problem,), names_files=False)
     known = {record_name(shard_id, number) for number in range(revision + 1)}
     problems: list[Problem] = []
     record = None
@@ -79,7 +82,8 @@ def check_shard(
             kind: Kind = "unreadable" if is_unreadable(error) else "changed"
             problems.append(Problem(kind=kind, path=name, message=str(error), shard_id=shard_id))
     if record is None or record.withdrawn is not None:
-        return Check(known=frozenset(known), problems=tuple(problems), missing=record is not None)
+        missing = record is not None
+        return Check(known=frozenset(known), problems=tuple(problems), missing=missing, names_files=False)
     known |= {f"{record.folder}/{path}" for path in record.files}
     damage = [*_check_files(store, record, level=level)]
     if not damage and level == "rows":

@@ -44,6 +44,11 @@ def snapshot_name(number: int) -> str:
     return f"{SNAPSHOTS}/{number:08}.json"
 
 
+def index_name(index: bytes) -> str:
+    """Return where an index of these bytes lies."""
+    return f"{INDEX}/{digest_bytes(index).blake3[:16]}.safetensors"
+
+
 def latest_snapshot(store: Store) -> int | None:
     """Return the highest number of a snapshot, or None; numbers have no gaps, so few requests are enough.
 
@@ -125,6 +130,21 @@ def publish_snapshot(store: Store, *, manifest: Manifest) -> list[CommitRecord] 
         ) from error
 
 
+def is_published(
+    store: Store, *, manifest: Manifest, plan: Plan, standing: list[tuple[CommitRecord, FileDigest]]
+) -> bool:
+    """Tell whether the latest snapshot is of the state that these records make.
+
+    Raises:
+        CacheCorrupt: the latest snapshot was changed.
+    """
+    latest = latest_snapshot(store)
+    if latest is None:
+        return False
+    index = index_name(SampleIndex.from_records(standing, digests=plan.digests()).encode())
+    return read_snapshot(store, latest, fingerprint=manifest.fingerprint).index == index
+
+
 def _publish(
     store: Store,
     *,
@@ -135,9 +155,8 @@ def _publish(
 ) -> bool:
     """Return whether this state is that of the snapshot after ``latest``, or of ``latest`` itself."""
     index = SampleIndex.from_records(standing, digests=plan.digests()).encode()
-    index_digest = digest_bytes(index)
-    name = f"{INDEX}/{index_digest.blake3[:16]}.safetensors"
-    files = {MANIFEST: digest_bytes(manifest.encode()), name: index_digest}
+    name = index_name(index)
+    files = {MANIFEST: digest_bytes(manifest.encode()), name: digest_bytes(index)}
     files |= {generation_name(number, manifest): digest for number, digest in enumerate(plan.generations)}
     if manifest.teacher_head is not None:
         files[manifest.teacher_head.file] = manifest.teacher_head.digest

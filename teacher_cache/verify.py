@@ -1,7 +1,7 @@
 """Verification of a cache, quick or of every byte."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,6 +13,8 @@ from teacher_cache.ledger import SHARDS, standing_revisions
 from teacher_cache.local_store import STAGING
 from teacher_cache.manifest import MANIFEST, Manifest, read_document, read_manifest
 from teacher_cache.plan import Plan, PlannedShard, generation_name, read_plan
+from teacher_cache.progress import progress
+from teacher_cache.sample_index import ShardEntry
 from teacher_cache.shard_checks import Check, Kind, Level, Problem, check_file, check_shard, is_unreadable
 from teacher_cache.snapshot import SNAPSHOTS, Snapshot, latest_snapshot, map_index, read_snapshot, snapshot_name
 from teacher_cache.storage import Store, open_store
@@ -34,6 +36,8 @@ class VerifyReport:
     problems: tuple[Problem, ...]
     missing_shards: tuple[str, ...]
     """Planned and not committed: no damage, the build goes on there."""
+    unpublished: bool
+    """All shards are committed, but the latest snapshot is of an older state: the next build writes one of this."""
 
     @property
     def ok(self) -> bool:
@@ -85,17 +89,19 @@ def _verify(uri: str, *, level: Level, trusted_digest: str | None) -> VerifyRepo
     plan = read_plan(store, manifest)
     snapshots, problems = _check_snapshots(store, manifest)
     latest = snapshots[-1] if snapshots else None
+    standing, entries = standing_revisions(store), _index_entries(store, latest)
     if trusted_digest is not None:
         problems += _check_trusted(store, latest, trusted_digest=trusted_digest)
     top = _check_top_level(store, manifest=manifest, plan=plan, latest=latest, level=level)
-    shards = _check_shards(store, manifest=manifest, plan=plan, latest=latest, level=level)
+    shards = _check_shards(store, manifest=manifest, plan=plan, standing=standing, entries=entries, level=level)
     checks = [top, *shards]
     problems += [problem for check in checks for problem in check.problems]
     missing = tuple(shard.shard_id for shard, check in zip(plan.shards, shards, strict=True) if check.missing)
     known = {snapshot_name(snapshot.number) for snapshot in snapshots} | {snapshot.index for snapshot in snapshots}
     known.update(*(check.known for check in checks))
     if latest is not None:
-        problems += _extra_files(store, known=known, missing=missing)
+        undecided = [shard.shard_id for shard, check in zip(plan.shards, shards, strict=True) if not check.names_files]
+        problems += _extra_files(store, known=known, undecided=undecided)
     elif not missing:
         message = "all shards are committed and there is no snapshot; run the build again to write it"
         problems.append(Problem(kind="missing", path=snapshot_name(0), message=message))
@@ -107,6 +113,7 @@ def _verify(uri: str, *, level: Level, trusted_digest: str | None) -> VerifyRepo
         samples=sum(check.samples for check in checks),
         problems=tuple(problems),
         missing_shards=missing,
+        unpublished=bool(entries) and not missing and _is_newer(standing, plan=plan, entries=entries),
     )
 
 
@@ -115,7 +122,7 @@ def _check_trusted(store: Store, latest: Snapshot | None, *, trusted_digest: str
     if found != trusted_digest:
         name = snapshot_name(0 if latest is None else latest.number)
         message = f"{store.uri}/{name}: the latest snapshot has blake3 {found}, {trusted_digest} is trusted"
-        yield Problem(kind="changed", path=name, message=message)
+        yield Problem(kind="untrusted", path=name, message=message)
 
 
 def _check_snapshots(store: Store, manifest: Manifest) -> tuple[list[Snapshot], list[Problem]]:
@@ -144,16 +151,30 @@ def _check_top_level(store: Store, *, manifest: Manifest, plan: Plan, latest: Sn
     return Check(known=frozenset(names | files.keys()), problems=tuple(problems))
 
 
-def _check_shards(
-    store: Store, *, manifest: Manifest, plan: Plan, latest: Snapshot | None, level: Level
-) -> list[Check]:
-    standing = standing_revisions(store)
+def _index_entries(store: Store, latest: Snapshot | None) -> dict[str, ShardEntry]:
     try:
-        index = None if latest is None else map_index(store, latest)
-        entries = {} if index is None else {entry.shard_id: entry for entry in index.shards}
+        return {} if latest is None else {entry.shard_id: entry for entry in map_index(store, latest).shards}
     except CacheCorrupt:
-        entries = {}  # the digest of the index says so
+        return {}  # the digest of the index says so
 
+
+def _is_newer(standing: Mapping[str, int], *, plan: Plan, entries: Mapping[str, ShardEntry]) -> bool:
+    """Tell whether shards were committed after the snapshot whose entries these are."""
+    return any(
+        shard.shard_id not in entries or standing.get(shard.shard_id, 0) > entries[shard.shard_id].revision
+        for shard in plan.shards
+    )
+
+
+def _check_shards(
+    store: Store,
+    *,
+    manifest: Manifest,
+    plan: Plan,
+    standing: Mapping[str, int],
+    entries: Mapping[str, ShardEntry],
+    level: Level,
+) -> list[Check]:
     def check(shard: PlannedShard) -> Check:
         return check_shard(
             store,
@@ -164,15 +185,22 @@ def _check_shards(
             level=level,
         )
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(check, plan.shards))
+    checks = []
+    with (
+        ThreadPoolExecutor(_THREADS) as pool,
+        progress(total=len(plan.shards), unit="shard", description=f"cache verify, {level}") as bar,
+    ):
+        for done in pool.map(check, plan.shards):
+            checks.append(done)
+            bar.update(1)
+    return checks
 
 
-def _extra_files(store: Store, *, known: set[str], missing: Sequence[str]) -> Iterator[Problem]:
+def _extra_files(store: Store, *, known: set[str], undecided: Sequence[str]) -> Iterator[Problem]:
     for entry in store.list(""):
         top, _, rest = entry.name.partition("/")
         attempt = ATTEMPT.fullmatch(rest.partition("/")[0])
-        in_progress = top == SHARDS and attempt is not None and attempt["shard_id"] in missing
-        if entry.name not in known and top not in (STAGING, CLAIMS) and not in_progress:
+        is_undecided = top == SHARDS and attempt is not None and attempt["shard_id"] in undecided
+        if entry.name not in known and top not in (STAGING, CLAIMS) and not is_undecided:
             message = f"{entry.name}: no digest covers this file; remove it, or run `genrecal cache gc`"
             yield Problem(kind="extra", path=entry.name, message=message)
