@@ -6,6 +6,7 @@ over to the ids in which the processor has expanded every image placeholder into
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,24 @@ from teacher_cache.schema import EncodedConversation, Message, Sample, Span
 
 Processor = Any
 """A transformers processor, or a tokenizer for a text-only model: transformers has no common base."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderedAnswer:
+    """Where one answer stands in a rendered conversation, in characters."""
+
+    start: int
+    """Where the header of the turn ends."""
+    text_start: int
+    text: str
+    """The assistant's message without white space around it."""
+    turn_stop: int
+    """Where everything ends that the template appends to the turn."""
+
+    @property
+    def text_stop(self) -> int:
+        """Where the text ends."""
+        return self.text_start + len(self.text)
 
 
 def load_processor(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Processor:
@@ -51,13 +70,14 @@ def encode_conversation(processor: Processor, sample: Sample, *, max_length: int
             itself contains the image placeholder or the model takes no images.
         ConfigError: The chat template rewrites earlier turns, so that answers cannot be located.
     """
-    text, answer_ranges = render_conversation(processor, sample)
+    text, answers = render_conversation(processor, sample)
     tokenizer = tokenizer_of(processor)
     plain = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    plain_ids = plain["input_ids"]
-    plain_spans = [
-        _answer_span(plain_ids, plain["offset_mapping"], characters=characters, special=set(tokenizer.all_special_ids))
-        for characters in answer_ranges
+    plain_ids, offsets, special = plain["input_ids"], plain["offset_mapping"], set(tokenizer.all_special_ids)
+    plain_spans = [_answer_span(plain_ids, offsets, answer=answer, special=special) for answer in answers]
+    byte_ends = [
+        _byte_ends(offsets[span.start : span.stop], answer=answer)
+        for span, answer in zip(plain_spans, answers, strict=True)
     ]
     images = tuple(decode_image(image, sample_id=sample.sample_id) for image in sample.images)
     ids, model_inputs = plain_ids, {}
@@ -78,6 +98,7 @@ def encode_conversation(processor: Processor, sample: Sample, *, max_length: int
         token_ids=np.asarray(ids, dtype=np.int32),
         prompt_token_ids=tuple(plain_ids),
         spans=tuple(Span(int(positions[span.start]), int(positions[span.stop])) for span in plain_spans),
+        answer_byte_ends=np.concatenate(byte_ends),
         answer_bytes=sum(len(m.text.encode()) for m in sample.messages if m.role == "assistant"),
         images=images,
         model_inputs=model_inputs,
@@ -90,15 +111,14 @@ def render_prompt(processor: Processor, sample: Sample) -> str:
     return _render(processor, sample.messages[:last], add_generation_prompt=True)
 
 
-def render_conversation(processor: Processor, sample: Sample) -> tuple[str, list[tuple[int, int, int]]]:
-    """Render a conversation and locate its answers.
+def render_conversation(processor: Processor, sample: Sample) -> tuple[str, list[RenderedAnswer]]:
+    """Render a conversation and locate its answers, one per assistant turn.
 
-    Returns:
-        The text, and per assistant turn the character positions where the answer starts, where its text
-        stops, and where the turn with everything the template appends to it stops.
+    Raises:
+        ConfigError: The chat template rewrites earlier turns.
     """
     text = _render(processor, sample.messages, add_generation_prompt=False)
-    ranges = []
+    answers = []
     for index, message in enumerate(sample.messages):
         if message.role != "assistant":
             continue
@@ -111,8 +131,8 @@ def render_conversation(processor: Processor, sample: Sample) -> tuple[str, list
                 f"the chat template does not render turn {index} of sample {sample.sample_id} as its generation "
                 "prompt followed by the answer, unchanged by later turns; use a template that does"
             )
-        ranges.append((len(header), found + len(answer), len(turn)))
-    return text, ranges
+        answers.append(RenderedAnswer(start=len(header), text_start=found, text=answer, turn_stop=len(turn)))
+    return text, answers
 
 
 def expanded_positions(
@@ -169,20 +189,25 @@ def _typed_content(message: Message) -> list[dict[str, str]]:
 
 
 def _answer_span(
-    ids: Sequence[int], offsets: Sequence[tuple[int, int]], *, characters: tuple[int, int, int], special: set[int]
+    ids: Sequence[int], offsets: Sequence[tuple[int, int]], *, answer: RenderedAnswer, special: set[int]
 ) -> Span:
-    start_character, text_stop, turn_stop = characters
-    start = next(index for index, (_, stop) in enumerate(offsets) if stop > start_character)
+    start = next(index for index, (_, stop) in enumerate(offsets) if stop > answer.start)
     stop = start
-    while stop < len(ids) and offsets[stop][0] < text_stop:
+    while stop < len(ids) and offsets[stop][0] < answer.text_stop:
         stop += 1
     # the end-of-turn token belongs to the answer; what a template puts behind it (a line break) does not
     for index in range(stop, len(ids)):
-        if offsets[index][0] >= turn_stop:
+        if offsets[index][0] >= answer.turn_stop:
             break
         if ids[index] in special:
             return Span(start, index + 1)
     return Span(start, stop)
+
+
+def _byte_ends(offsets: Sequence[tuple[int, int]], *, answer: RenderedAnswer) -> Int[np.ndarray, " tokens"]:
+    bytes_before = np.cumsum([0, *(len(character.encode()) for character in answer.text)])
+    characters = np.array([stop for _, stop in offsets]) - answer.text_start
+    return bytes_before[np.maximum.accumulate(characters.clip(0, len(answer.text)))].astype(np.int32)
 
 
 def _check_placeholders(processor: Processor, ids: Sequence[int], *, sample: Sample) -> None:

@@ -74,6 +74,7 @@ def stored_fields(layout: Layout) -> dict[str, Field]:
         "topk_logprobs": Field(tier="L", axis="answer_tokens", dtype=float32, row_shape=(layout.topk,)),
         "logsumexp": Field(tier="L", axis="answer_tokens", dtype=float32, row_shape=()),
         "target_logprobs": Field(tier="L", axis="answer_tokens", dtype=float32, row_shape=()),
+        "answer_byte_ends": Field(tier="L", axis="answer_tokens", dtype=int32, row_shape=()),
     }
     return fields
 
@@ -184,6 +185,7 @@ def decode_targets(
         topk_logprobs=torch.from_numpy(arrays["topk_logprobs"]) if with_logits else None,
         logsumexp=torch.from_numpy(arrays["logsumexp"]) if with_logits else None,
         target_logprobs=torch.from_numpy(arrays["target_logprobs"]) if with_logits else None,
+        answer_byte_ends=torch.from_numpy(arrays["answer_byte_ends"]).long() if with_logits else None,
     )
 
 
@@ -275,7 +277,7 @@ def _check_dtype(tensor: Tensor, *, name: str, layout: Layout, where: str) -> No
     expected: str
     if name in HIDDEN:
         expected, good = layout.dtype, tensor.dtype == DTYPES[layout.dtype]
-    elif name in ("token_ids", "spans", "topk_ids"):
+    elif name in ("token_ids", "spans", "topk_ids", "answer_byte_ends"):
         expected, good = "int32 or int64", tensor.dtype in (torch.int32, torch.int64)
     else:
         expected, good = "float32", tensor.dtype == torch.float32
@@ -291,6 +293,7 @@ def _check_values(targets: TeacherTargets, *, vocab_size: int | None, where: str
             raise TeacherError(
                 f"{where}: {name} ranges over {int(ids.min())}..{int(ids.max())}, expected 0..{limit - 1}"
             )
+    _check_byte_ends(targets, where=where)
     logprobs, followed = targets.topk_logprobs, targets.target_logprobs
     assert logprobs is not None
     assert followed is not None
@@ -299,3 +302,11 @@ def _check_values(targets: TeacherTargets, *, vocab_size: int | None, where: str
     highest = max(float(logprobs.max()), float(followed.max()))
     if highest > 1e-3:
         raise TeacherError(f"{where}: a log-probability is {highest}; expected none above 0")
+
+
+def _check_byte_ends(targets: TeacherTargets, *, where: str) -> None:
+    ends = targets.answer_byte_ends
+    assert ends is not None
+    for turn, of_turn in enumerate(ends.split([span.stop - span.start for span in targets.spans])):
+        if int(of_turn[0]) < 0 or int(of_turn[-1]) >= 2**31 or bool((of_turn[1:] < of_turn[:-1]).any()):
+            raise TeacherError(f"{where}: answer_byte_ends of turn {turn} decreases or leaves 0..{2**31 - 1}")

@@ -9,9 +9,15 @@ end-of-turn token. The header of the turn belongs to the question. ``start >= 1`
 
 Tiers, per turn with n = stop - start answer tokens:
   A  rows ``start - 1 .. stop - 1`` (n + 1 rows): the boundary row, then the answer rows.
-  L  predictions of tokens ``start .. stop - 1`` (n rows), made by rows ``start - 1 .. stop - 2``.
+  L  predictions of tokens ``start .. stop - 1`` (n rows), made by rows ``start - 1 .. stop - 2``, and where those
+     tokens end in the answer's text.
   Q  every row that is in no turn's tier A, in order; absent for samples outside the fraction.
 The rows of several turns follow each other in order.
+
+Bytes. The text of an answer is the assistant's message without white space around it, in UTF-8: the same for every
+tokenizer. A token ends at the number of its bytes that the tokens of the turn cover so far, 0 before the text and
+all of them for the end-of-turn token; one that ends inside a character counts all of that character. Two
+tokenizations of one sample therefore align where their ends are equal, turn by turn.
 """
 
 from dataclasses import dataclass
@@ -71,8 +77,10 @@ class EncodedConversation:
     """The same before image expansion: one placeholder per image, as vLLM takes them."""
     spans: tuple[Span, ...]
     """Answer spans in ``token_ids``, one per assistant turn, in order."""
+    answer_byte_ends: Int[np.ndarray, " answer_tokens"]
+    """Where each answer token ends in the text of its answer, turns one after the other."""
     answer_bytes: int
-    """UTF-8 length of all answer texts, end-of-turn tokens not counted."""
+    """UTF-8 length of all assistant messages, end-of-turn tokens not counted."""
     images: "tuple[Image, ...]"
     """Decoded RGB images."""
     model_inputs: "dict[str, Tensor]"
@@ -98,6 +106,8 @@ class TeacherTargets:
     """Of the engine's own logits, after soft-cap and scale, float32."""
     target_logprobs: "Float[Tensor, ' answer_tokens'] | None"
     """Log-probability of the token that really follows, float32."""
+    answer_byte_ends: "Int[Tensor, ' answer_tokens'] | None"
+    """Where each answer token ends in the text of its answer: aligns other tokenizers without the teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)

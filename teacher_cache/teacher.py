@@ -179,6 +179,7 @@ def make_targets(
         topk_logprobs=scores.topk_logprobs.cpu(),
         logsumexp=scores.logsumexp.cpu(),
         target_logprobs=scores.target_logprobs.cpu(),
+        answer_byte_ends=torch.from_numpy(conversation.answer_byte_ends),
     )
 
 

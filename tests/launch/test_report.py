@@ -178,6 +178,7 @@ def cached_sample(sample_id: str, *, random: torch.Generator) -> TeacherTargets:
         topk_logprobs=top.values,
         logsumexp=torch.zeros(6),
         target_logprobs=logprobs[torch.arange(6), ids[10:16]],
+        answer_byte_ends=torch.arange(6),
     )
 
 

@@ -49,6 +49,7 @@ def make_targets(
         topk_logprobs=top.values,
         logsumexp=logits.logsumexp(dim=-1),
         target_logprobs=top.values[:, 1].clone(),
+        answer_byte_ends=torch.cat([torch.arange(span.stop - span.start) * 3 for span in spans]),
     )
 
 

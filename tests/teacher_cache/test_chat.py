@@ -38,6 +38,41 @@ def test_spans_cover_exactly_the_answers_and_their_end_of_turn(
     assert len(encoded.prompt_token_ids) < len(encoded.token_ids) or not with_images
 
 
+TEXTS = ("The sum is twelve.", "  zw\u00f6lf, \u6f22\u5b57 \U0001f3b2!  ", "seven")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_byte_ends_say_where_each_token_ends_in_its_answer(family: str, request: pytest.FixtureRequest) -> None:
+    processor = load_processor(str(request.getfixturevalue(family)))
+    tokenizer = tokenizer_of(processor)
+    encoded = encode_conversation(
+        processor, conversation(*(("And?", text) for text in TEXTS), images=0), max_length=900
+    )
+    start = 0
+    for span, text in zip(encoded.spans, TEXTS, strict=True):
+        ends = encoded.answer_byte_ends[start : start + span.stop - span.start].tolist()
+        start += len(ends)
+        answer = text.strip().encode()
+        assert ends == sorted(ends)
+        assert ends[-2:] == [len(answer)] * 2, "the last token of the text, and the end of the turn"
+        assert {0, len(answer)} < {0, *ends}, "tokens end inside the answer too"
+        for end, stop in zip(ends, range(span.start + 1, span.stop), strict=False):
+            whole = answer[:end].decode()  # never cuts a character
+            if text.isascii():
+                assert tokenizer.decode(encoded.token_ids[span.start : stop]).strip() == whole.strip()
+    assert start == len(encoded.answer_byte_ends)
+
+
+def test_answers_align_across_tokenizers(tiny_qwen2_vl: Path, tiny_internvl: Path) -> None:
+    sample = conversation(("Sum?", "The sum is twelve."), images=0)
+    ends = [
+        set(encode_conversation(load_processor(str(path)), sample, max_length=500).answer_byte_ends.tolist())
+        for path in (tiny_qwen2_vl, tiny_internvl)
+    ]
+    assert ends[0] != ends[1]
+    assert {len("The sum is"), len("The sum is twelve.")} <= ends[0] & ends[1]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_prompt_is_the_question_part_of_the_conversation(
     family: str, request: pytest.FixtureRequest

@@ -38,7 +38,7 @@ def expected_arrays(samples: list[TeacherTargets], *, fp8: bool) -> dict[str, np
     for sample in samples:
         parts: dict[str, Any] = {"spans": np.array(sample.spans), "token_ids": sample.token_ids.numpy()}
         parts |= {name: getattr(sample, name).numpy() for name in ("topk_ids", "topk_logprobs")}
-        parts |= {name: getattr(sample, name).numpy() for name in ("logsumexp", "target_logprobs")}
+        parts |= {name: getattr(sample, name).numpy() for name in ("logsumexp", "target_logprobs", "answer_byte_ends")}
         for name in HIDDEN:
             if (rows := getattr(sample, name)) is None:
                 continue

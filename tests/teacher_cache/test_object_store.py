@@ -73,7 +73,7 @@ def test_one_request_per_sample_and_array_and_no_listing(s3: S3) -> None:
     opening = len(s3.requests)
     s3.requests.clear()
     (sample,) = cache.read(["sample-2"])
-    arrays = 7 if sample.question_hidden_states is not None and len(sample.question_hidden_states) else 6
+    arrays = 8 if sample.question_hidden_states is not None and len(sample.question_hidden_states) else 7
     assert (s3.count("GET"), s3.count("HEAD"), s3.lists) == (arrays, 0, 0)
     s3.requests.clear()
     cache.read(["sample-2"], tiers=())
