@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/cache.py``: one module per question, and what they share."""
