@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Annotated, Final
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt32
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from teacher_cache.codec import AXES, Axis, Layout, stored_fields
 from teacher_cache.documents import encode_document
@@ -23,7 +23,7 @@ from teacher_cache.manifest import StoredModel, parse_model, read_document
 from teacher_cache.plan import Plan, PlannedShard
 from teacher_cache.row_codec import QuantizationCost
 from teacher_cache.schema import TIERS, SkippedSample, Span, Tier
-from teacher_cache.storage import Store
+from teacher_cache.storage import DOCUMENT_LIMIT_BYTES, Store
 
 COMMITS: Final = "commits"
 SHARDS: Final = "shards"
@@ -31,6 +31,9 @@ COUNTS: Final = ("num_tokens", "num_turns", "answer_tokens", "question_rows")
 """Columns of the counts of a sample; ``question_rows`` is -1 where tier Q is not stored."""
 
 _PARALLEL_READS = 16
+_LAST_REVISION = 9999
+_RECORD_BYTES, _SAMPLE_BYTES = 4 * 1024**2, 64 * 1024
+"""What a record may take at most, and more per sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,17 @@ class SampleRows:
         return None
 
 
+def _require_served_tiers(tiers: tuple[Tier, ...]) -> tuple[Tier, ...]:
+    if sorted(tiers) not in (["A", "L"], ["A", "L", "Q"]):
+        raise ValueError(f"tiers {tiers}; only tier Q may be absent")
+    return tiers
+
+
+StoredTiers = Annotated[tuple[Tier, ...], AfterValidator(_require_served_tiers)]
+Revision = Annotated[int, Field(ge=0, le=_LAST_REVISION)]
+Attempt = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
 class _Samples(StoredModel):
     sample_id: tuple[str, ...]
     counts: str
@@ -94,12 +108,12 @@ class _Document(StoredModel):
     """Content of commits/<shard_id>.<revision>.json."""
 
     shard_id: str
-    revision: int
-    attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
+    revision: Revision
+    attempt: Attempt
     fingerprint: str
     withdrawn: str | None
     layout: Layout | None
-    tiers: tuple[Tier, ...]
+    tiers: StoredTiers
     samples: _Samples
     skipped: tuple[SkippedSample, ...]
     files: dict[str, FileDigest]
@@ -184,8 +198,9 @@ def standing_revisions(store: Store) -> dict[str, int]:
     try:
         for entry in store.list(COMMITS):
             shard_id, _, revision = entry.name.removeprefix(f"{COMMITS}/").removesuffix(".json").rpartition(".")
-            if revision.isdigit() and entry.name == record_name(shard_id, int(revision)):
-                found[shard_id] = max(int(revision), found.get(shard_id, 0))
+            number = int(revision) if revision.isdecimal() else -1
+            if 0 <= number <= _LAST_REVISION and entry.name == record_name(shard_id, number):
+                found[shard_id] = max(number, found.get(shard_id, 0))
     except OSError as error:
         raise CacheError(f"cannot list {store.uri}/{COMMITS}: {error}") from error
     return found
@@ -215,7 +230,8 @@ def read_record(
         CacheCorrupt: it differs from what was written, or belongs to another cache or plan.
     """
     name = record_name(shard.shard_id, revision)
-    data = read_document(store, name, where=f"shard {shard.shard_id}")
+    limit_bytes = min(_RECORD_BYTES + len(shard.sample_ids) * _SAMPLE_BYTES, DOCUMENT_LIMIT_BYTES)
+    data = read_document(store, name, where=f"shard {shard.shard_id}", limit_bytes=limit_bytes)
     where = f"shard {shard.shard_id}: {store.uri}/{name}"
     record = decode_record(data, where=where)
     if (record.shard_id, record.revision, record.fingerprint) != (shard.shard_id, revision, fingerprint):

@@ -71,18 +71,23 @@ def _repair(store: Store, manifest: Manifest, problems: Sequence[Problem], *, ur
         for problem in problems
         if problem.kind != "extra" and (problem.path in fixed or problem.path.startswith(f"{PLANS}/"))
     ]
+    # without its generation of the plan, an intact record looks like a file that was never part of the cache
+    lost_plan = any(problem.path.startswith(f"{PLANS}/") for problem in beyond)
     snapshots = [problem.path for problem in problems if problem.path.startswith(f"{SNAPSHOTS}/")]
     removable = [
         problem.path
         for problem in problems
-        if problem not in beyond and problem.kind != "missing" and not problem.path.startswith(f"{SHARDS}/")
+        if problem not in beyond
+        and problem.kind != "missing"
+        and not (problem.kind == "extra" and lost_plan)
+        and not problem.path.startswith(f"{SHARDS}/")
     ]
     for name in removable:
         store.remove(name)
     lost_index = any(problem.path.startswith(f"{INDEX}/") for problem in problems)
     rewritten = bool(snapshots or lost_index) and not damaged
     if rewritten:
-        CacheWriter(uri=uri, fingerprint=manifest.fingerprint).complete()
+        rewritten = CacheWriter(uri=uri, fingerprint=manifest.fingerprint).complete()
     return RepairReport(
         uri=uri,
         withdrawn_shards=tuple(damaged),

@@ -13,7 +13,7 @@ from teacher_cache.documents import encode_document
 from teacher_cache.durable_files import FileDigest, digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError
 from teacher_cache.ledger import COMMITS, CommitRecord, read_standing
-from teacher_cache.manifest import MANIFEST, Manifest, StoredModel, parse_model, read_document
+from teacher_cache.manifest import LIMIT_BYTES, MANIFEST, Manifest, StoredModel, parse_model, read_document
 from teacher_cache.plan import PLANS, Plan, generation_name, read_plan
 from teacher_cache.sample_index import SampleIndex
 from teacher_cache.storage import Store, local_file
@@ -68,6 +68,16 @@ def latest_snapshot(store: Store) -> int | None:
     return low if low >= 0 else None
 
 
+def read_snapshot_bytes(store: Store, number: int) -> bytes:
+    """Return the bytes of a snapshot.
+
+    Raises:
+        CacheCorrupt: it is missing.
+        CacheError: it cannot be read.
+    """
+    return read_document(store, snapshot_name(number), where=f"snapshot {number}", limit_bytes=LIMIT_BYTES)
+
+
 def read_snapshot(store: Store, number: int, *, fingerprint: str) -> Snapshot:
     """Read and check a snapshot.
 
@@ -76,7 +86,7 @@ def read_snapshot(store: Store, number: int, *, fingerprint: str) -> Snapshot:
     """
     where = f"{store.uri}/{snapshot_name(number)}"
     snapshot = parse_model(
-        Snapshot, read_document(store, snapshot_name(number), where=f"snapshot {number}"), where=where
+        Snapshot, read_snapshot_bytes(store, number), where=where
     )
     if (snapshot.number, snapshot.fingerprint) != (number, fingerprint):
         raise CacheCorrupt(
@@ -153,18 +163,21 @@ def _publish(
     standing: list[tuple[CommitRecord, FileDigest]],
     latest: int | None,
 ) -> bool:
-    """Return whether this state is that of the snapshot after ``latest``, or of ``latest`` itself."""
+    """Return whether readers find this state, in the snapshot after ``latest`` or in ``latest`` itself."""
     index = SampleIndex.from_records(standing, digests=plan.digests()).encode()
     name = index_name(index)
     files = {MANIFEST: digest_bytes(manifest.encode()), name: digest_bytes(index)}
     files |= {generation_name(number, manifest): digest for number, digest in enumerate(plan.generations)}
     if manifest.teacher_head is not None:
         files[manifest.teacher_head.file] = manifest.teacher_head.digest
+    previous = None if latest is None else read_snapshot(store, latest, fingerprint=manifest.fingerprint)
+    if previous is not None:
+        _require_plans(store, previous, files=files)
     if store.size(name) == len(index):
         store.sync(INDEX)
     elif not store.create(name, index):
         raise CacheCorrupt(f"{store.uri}/{name} holds other bytes than its name says; remove it")
-    if latest is not None and read_snapshot(store, latest, fingerprint=manifest.fingerprint).files == files:
+    if previous is not None and previous.files == files:
         return True
     number = 0 if latest is None else latest + 1
     snapshot = Snapshot(
@@ -178,4 +191,15 @@ def _publish(
         return False
     samples = plan.data["samples"]
     logger.info("%s is complete: snapshot %d of %d shards, %s samples", store.uri, number, len(plan.shards), samples)
-    return True
+    # where a snapshot was lost, this one may have taken its number, and older ones follow
+    return latest_snapshot(store) == number
+
+
+def _require_plans(store: Store, previous: Snapshot, *, files: dict[str, FileDigest]) -> None:
+    """Refuse a state that lacks samples of the one before because a generation of the plan was lost."""
+    for name, digest in previous.files.items():
+        if name.startswith(f"{PLANS}/") and files.get(name) != digest:
+            raise CacheCorrupt(
+                f"{store.uri}/{name} is missing, or not the one that {snapshot_name(previous.number)} was made with; "
+                "restore it, or extend the cache by the same samples again"
+            )
