@@ -4,12 +4,15 @@ Stored arrays are little-endian. With the exact codec, hidden states are stored 
 they are, bfloat16 as its 16 bits.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import numpy as np
+import pydantic
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -30,6 +33,7 @@ _FLOAT_BITS = {
     torch.float32: (torch.uint32, 0x7F800000),
 }
 _BLOCK_ELEMENTS = 2**18
+_MOST_COLUMNS = 2**20
 DTYPES: dict[Dtype, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 
 
@@ -41,8 +45,8 @@ class Layout:
     """Element type of the hidden states as they are read."""
     codec: RowCodec
     compression: Compression
-    hidden_size: int
-    topk: int
+    hidden_size: Annotated[int, pydantic.Field(ge=1, le=_MOST_COLUMNS)]
+    topk: Annotated[int, pydantic.Field(ge=1, le=_MOST_COLUMNS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +63,14 @@ class Field:
     @property
     def row_bytes(self) -> int:
         """Stored size of one row."""
-        return self.dtype.itemsize * int(np.prod(self.row_shape, dtype=np.int64))
+        return self.dtype.itemsize * math.prod(self.row_shape)
 
 
-def stored_fields(layout: Layout) -> dict[str, Field]:
+@lru_cache(maxsize=64)
+def stored_fields(layout: Layout) -> Mapping[str, Field]:
     """Return every ragged array of a shard, by name."""
     int32, float32 = np.dtype("<i4"), np.dtype("<f4")
-    fields = {
+    return {
         "token_ids": Field(tier="A", axis="tokens", dtype=int32, row_shape=()),
         "spans": Field(tier="A", axis="turns", dtype=int32, row_shape=(2,)),
         **_hidden_fields("hidden_states", tier="A", axis="tier_a", layout=layout),
@@ -76,7 +81,6 @@ def stored_fields(layout: Layout) -> dict[str, Field]:
         "target_logprobs": Field(tier="L", axis="answer_tokens", dtype=float32, row_shape=()),
         "answer_byte_ends": Field(tier="L", axis="answer_tokens", dtype=int32, row_shape=()),
     }
-    return fields
 
 
 def _hidden_fields(name: str, *, tier: Tier, axis: Axis, layout: Layout) -> dict[str, Field]:
@@ -200,16 +204,16 @@ def encode_teacher_head(head: TeacherHead) -> bytes:
     return save(tensors)
 
 
-def load_teacher_head(path: Path) -> TeacherHead:
+def load_teacher_head(path: Path, *, vocab_size: int, hidden_size: int) -> TeacherHead:
     """Map what :func:`encode_teacher_head` made into memory.
 
     Raises:
-        CacheCorrupt: the file is no teacher head.
+        CacheCorrupt: the file is no teacher head, or one of other sizes.
     """
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            return TeacherHead(
+            head = TeacherHead(
                 weight=file.get_tensor("weight"),
                 bias=file.get_tensor("bias") if "bias" in names else None,
                 logit_scale=file.get_tensor("logit_scale").item(),
@@ -217,6 +221,13 @@ def load_teacher_head(path: Path) -> TeacherHead:
             )
     except Exception as error:
         raise CacheCorrupt(f"{path}: not a teacher head: {error}") from error
+    bias_shape = (vocab_size,) if head.bias is None else tuple(head.bias.shape)
+    if (*head.weight.shape, *bias_shape) != (vocab_size, hidden_size, vocab_size) or head.weight.dtype not in _FLOAT_BITS:
+        raise CacheCorrupt(
+            f"{path}: a teacher head of {tuple(head.weight.shape)} {head.weight.dtype} and a bias of {bias_shape}, "
+            f"expected {vocab_size} rows of {hidden_size}"
+        )
+    return head
 
 
 def _tensor(targets: TeacherTargets, name: str, layout: Layout) -> Tensor:

@@ -5,7 +5,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -49,9 +49,10 @@ class LocalReader:
         """Ask the kernel to read ahead."""
         os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # ``close`` is bound here because the module's names may be gone when the interpreter ends
         if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+            close(self._descriptor)
 
     def _finish(self, buffers: Sequence[memoryview], offset: int, *, done: int) -> None:
         for buffer in buffers:
@@ -177,7 +178,7 @@ class LocalStore:
     def size(self, name: str) -> int | None:
         """Return the length of a regular file."""
         try:
-            status = self._path(name).lstat()
+            status = os.lstat(self._path(name))
         except (FileNotFoundError, NotADirectoryError):
             return None
         if not stat.S_ISREG(status.st_mode):
@@ -223,22 +224,18 @@ class LocalStore:
 
     def sync(self, folder: str) -> None:
         """Make every name under a folder, and the folder's own, durable."""
-        path = self._path(folder)
+        path = self.path(folder)
         for parent, _, _ in os.walk(path, topdown=False, onerror=_raise_unless_absent):
             _sync_folder(Path(parent))
         _sync_folder(path.parent)
 
     def open(self, name: str) -> LocalReader:
         """Open a file for random access."""
-        path = self._path(name)
-        real = os.path.realpath(path)
-        if not real.startswith(os.path.realpath(self.root) + os.sep):
-            raise OSError(errno.ELOOP, "leads out of the cache", str(path))
-        return LocalReader(path)
+        return LocalReader(self.path(name))
 
     def list(self, folder: str) -> Iterator[FileEntry]:
         """Yield every file, also those that are no regular files, by relative name."""
-        top = self._path(folder) if folder else self.root
+        top = self.path(folder) if folder else self.root
         found = []
         for parent, folders, files in os.walk(top, onerror=_raise_unless_absent):
             links = [name for name in folders if Path(parent, name).is_symlink()]
@@ -253,16 +250,17 @@ class LocalStore:
     def folders(self, folder: str) -> tuple[str, ...]:
         """Return the names of the folders in a folder."""
         try:
-            with os.scandir(self._path(folder)) as entries:
+            with os.scandir(self.path(folder)) as entries:
                 return tuple(sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False)))
         except (FileNotFoundError, NotADirectoryError):
             return ()
 
     def remove(self, name: str) -> None:
-        """Delete a file, a link or a folder."""
-        path = self.root / name
-        if name.startswith("/") or ".." in path.parts or path == self.root:
+        """Delete a file, a link or a folder; its name need not be a plain one."""
+        segments = name.split("/")
+        if "\0" in name or not {"", ".", ".."}.isdisjoint(segments):
             raise OSError(errno.EINVAL, "leads out of the cache", name)
+        path = self._below_own_folders(segments)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -271,8 +269,26 @@ class LocalStore:
     def __reduce__(self) -> tuple[object, ...]:
         return LocalStore, (self.root,)
 
+    def path(self, name: str) -> Path:
+        """Return where a file or folder lies.
+
+        Raises:
+            OSError: it, or a folder above it, is a link or may be written by every user.
+        """
+        path = self._path(name)
+        _require_own(path)
+        return path
+
     def _path(self, name: str) -> Path:
-        return self.root / check_name(name)
+        return self._below_own_folders(check_name(name).split("/"))
+
+    def _below_own_folders(self, segments: Sequence[str]) -> Path:
+        path = self.root
+        for number, segment in enumerate(segments):
+            if number:
+                _require_own(path)
+            path = path / segment
+        return path
 
     def _make_folders(self, folder: Path) -> None:
         # another process may have made a shared folder and died before its name was durable
@@ -295,7 +311,7 @@ class LocalStore:
             return None
 
     def _stage(self, name: str, data: bytes) -> Path:
-        staged = self.root / STAGING / f"{name}.{uuid.uuid4().hex}"
+        staged = self._path(f"{STAGING}/{name}.{uuid.uuid4().hex}")
         self._make_folders(staged.parent)
         try:
             with LocalWriter(staged, mode=self._file_mode) as file:
@@ -315,6 +331,18 @@ def _name(error: OSError, path: Path, *, doing: str = "") -> None:
     error.filename = str(path)
     if doing:
         error.strerror = f"{error.strerror}, {doing}"
+
+
+def _require_own(path: Path) -> None:
+    """Refuse what others may have put there: a link may lead out of the cache."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISLNK(mode):
+        raise OSError(errno.ELOOP, "is a link, which no cache holds; put the file or folder itself there", str(path))
+    if mode & stat.S_IWOTH:
+        raise OSError(errno.EPERM, "may be written by every user, so it cannot be trusted; run chmod o-w", str(path))
 
 
 def _open_regular(path: Path) -> int:

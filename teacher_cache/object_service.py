@@ -33,7 +33,7 @@ class ObjectService:
         self._idle: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
         self._started: list[subprocess.Popen[bytes]] = []
-        weakref.finalize(self, _stop, self._started)
+        weakref.finalize(self, _stop, self._started, self._owner)
 
     @property
     def is_ours(self) -> bool:
@@ -114,9 +114,10 @@ def _line(value: dict[str, Any]) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
-def _stop(processes: "list[subprocess.Popen[bytes]]") -> None:
-    for process in processes:
-        process.communicate()
+def _stop(processes: "list[subprocess.Popen[bytes]]", owner: int) -> None:
+    if os.getpid() == owner:  # a fork of the owner holds the same pipes and must not wait for their end
+        for process in processes:
+            process.communicate()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Every object is written once, so durability needs no more than the store's own a
 import errno
 import os
 import re
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -139,7 +138,6 @@ class ObjectStore:
         self.uri = uri.rstrip("/")
         self._clients: dict[int, Any] = {}
         self._service: ObjectService | None = None
-        self._lock = threading.Lock()
 
     def read(self, name: str, *, limit_bytes: int = DOCUMENT_LIMIT_BYTES) -> bytes:
         """Return a whole object, in one request."""
@@ -275,10 +273,10 @@ class ObjectStore:
     def _forked_service(self) -> ObjectService | None:
         if not is_forked():
             return None
-        if self._service is None or not self._service.is_ours:
-            with self._lock:
-                self._service = ObjectService(self.uri)
-        return self._service
+        service = self._service
+        if service is None or not service.is_ours:
+            service = self._service = ObjectService(self.uri)
+        return service
 
     def _client(self) -> Any:
         process = os.getpid()
@@ -289,6 +287,6 @@ class ObjectStore:
                     f"{self.uri}: process {process} was forked after an object store was used, and can only read it; "
                     "start processes that write by 'spawn' or 'forkserver'"
                 )
-            with self._lock:
-                client = self._clients[process] = connect(self.uri)
+            # without a lock: a thread that holds one during a fork would leave it held in the child
+            client = self._clients.setdefault(process, connect(self.uri))
         return client

@@ -1,10 +1,9 @@
 """Opens caches for reading: checked on open, random access by sample id, verified rows."""
 
-import threading
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from teacher_cache.codec import Layout, decode_targets, load_teacher_head, stored_fields
@@ -16,7 +15,7 @@ from teacher_cache.plan import read_plan
 from teacher_cache.sample_index import SampleIndex
 from teacher_cache.schema import TIERS, SkippedSample, TeacherHead, TeacherTargets, Tier
 from teacher_cache.shard_reader import RowRange, ShardReader
-from teacher_cache.snapshot import latest_snapshot, map_index, read_snapshot
+from teacher_cache.snapshot import latest_snapshot, map_index, read_snapshot, snapshot_name
 from teacher_cache.storage import Store, local_file, open_store
 from teacher_cache.stored_digest import require_digest
 
@@ -37,11 +36,13 @@ def open_cache(uri: str, *, allow_incomplete: bool = False, snapshot: int | None
         CacheNotFound: there is no cache.
         CacheIncomplete: planned shards are missing and ``allow_incomplete`` is not set.
         CacheCorrupt: what was read differs from what was committed.
+        CacheError: there is no snapshot of that number.
         FormatUnsupported: the cache was written in another format version.
     """
     store = open_store(uri)
     manifest = read_manifest(store)
-    number = latest_snapshot(store) if snapshot is None else snapshot
+    latest = latest_snapshot(store)
+    number = latest if snapshot is None else snapshot
     if allow_incomplete:
         return _open_committed(store, manifest)
     if number is None:
@@ -52,6 +53,8 @@ def open_cache(uri: str, *, allow_incomplete: bool = False, snapshot: int | None
             f"the cache at {uri} lacks {len(missing)} of {len(plan.shards)} shards ({', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}); run the build again to complete it"
         )
+    if number < 0 or (number > (-1 if latest is None else latest) and store.size(snapshot_name(number)) is None):
+        raise CacheError(f"the cache at {uri} has no snapshot {number}; its latest is {latest}")
     return _open_snapshot(store, manifest, number)
 
 
@@ -72,8 +75,13 @@ class TeacherCache:
         if len({(layout.dtype, layout.codec, layout.hidden_size, layout.topk) for layout in layouts}) > 1:
             raise CacheCorrupt(f"the shards of {store.uri} differ in dtype, codec, hidden size or top-k: {layouts}")
         self._layout: Layout | None = next(iter(layouts), None)
-        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
-        self._pool_lock = threading.Lock()
+        head = manifest.teacher_head
+        if self._layout is not None and (
+            self._layout.codec != manifest.codec or (head and head.hidden_size != self._layout.hidden_size)
+        ):
+            raise CacheCorrupt(f"the shards of {store.uri} are not of its manifest's codec or hidden size: {self._layout}")
+        # it knows nothing of ``self``: a cache in no cycle closes its files when it is let go
+        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(partial(_open_shard, store, index))
 
     @property
     def sample_ids(self) -> tuple[str, ...]:
@@ -192,7 +200,7 @@ class TeacherCache:
         entry = self._head_entry()
         require_digest(self._store, entry.file, expected=entry.digest, where="teacher head")
         with local_file(self._store, entry.file) as path:
-            return load_teacher_head(path)
+            return load_teacher_head(path, vocab_size=entry.vocab_size, hidden_size=entry.hidden_size)
 
     def __len__(self) -> int:
         return int(self._index.first_sample[-1])
@@ -217,18 +225,6 @@ class TeacherCache:
             reason = f"it was skipped ({skipped[sample_id]})" if sample_id in skipped else "no committed shard names it"
             raise CacheError(f"sample {sample_id!r} is not in the cache at {self._store.uri}: {reason}")
         return position
-
-    def _open_shard(self, shard: int) -> ShardReader:
-        entry, rows = self._index.shards[shard], self._index.rows_of_shard(shard)
-        assert entry.layout is not None
-        return ShardReader(
-            self._store,
-            entry.folder,
-            shard_id=entry.shard_id,
-            layout=entry.layout,
-            num_rows={axis: int(offsets[-1]) for axis, offsets in rows.offsets.items()},
-            samples=entry.samples,
-        )
 
     def _read_ahead(
         self, sample_ids: Sequence[str], positions: dict[str, int], *, tiers: Collection[Tier], verify: bool
@@ -271,6 +267,19 @@ class TeacherCache:
                 crc32c = int(table.crc32c[row, column]) if verify else None
                 ranges[name] = RowRange(sample_id=sample_id, start=int(start), stop=int(stop), crc32c=crc32c)
         return self._shard(shard), ranges
+
+
+def _open_shard(store: Store, index: SampleIndex, shard: int) -> ShardReader:
+    entry, rows = index.shards[shard], index.rows_of_shard(shard)
+    assert entry.layout is not None
+    return ShardReader(
+        store,
+        entry.folder,
+        shard_id=entry.shard_id,
+        layout=entry.layout,
+        num_rows={axis: int(offsets[-1]) for axis, offsets in rows.offsets.items()},
+        samples=entry.samples,
+    )
 
 
 def _open_snapshot(store: Store, manifest: Manifest, number: int) -> TeacherCache:

@@ -3,41 +3,59 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt32, UInt64
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from safetensors import safe_open
 from safetensors.numpy import save
 
 from teacher_cache.codec import Layout, stored_fields
 from teacher_cache.durable_files import FileDigest
 from teacher_cache.errors import CacheCorrupt
-from teacher_cache.ledger import SHARDS, CommitRecord, SampleRows, join_rows, record_name
+from teacher_cache.ledger import (
+    COUNTS,
+    SHARDS,
+    Attempt,
+    CommitRecord,
+    Revision,
+    SampleRows,
+    StoredTiers,
+    join_rows,
+    record_name,
+)
 from teacher_cache.manifest import StoredModel
+from teacher_cache.plan import SHARD_ID
 from teacher_cache.schema import SkippedSample, Tier
 
 _SHARD_TABLES = 256
+_MOST_ROWS = 2**40
 
 
 class ShardEntry(StoredModel):
     """What reading a shard needs, beside the rows of its samples."""
 
-    shard_id: str
-    revision: int
-    attempt: str
+    shard_id: str = Field(pattern=rf"^{SHARD_ID.pattern}$")
+    revision: Revision
+    attempt: Attempt
     record: FileDigest
     layout: Layout | None
-    tiers: tuple[Tier, ...]
-    samples: int
-    turns: int
+    tiers: StoredTiers
+    samples: int = Field(ge=0, le=_MOST_ROWS)
+    turns: int = Field(ge=0, le=_MOST_ROWS)
     tier_bytes: dict[Tier, int]
     """Stored bytes of the arrays of each tier."""
     skipped: tuple[SkippedSample, ...]
+
+    @model_validator(mode="after")
+    def _require_layout_iff_samples(self) -> "ShardEntry":
+        if bool(self.samples) != (self.layout is not None):
+            raise ValueError("samples and layout must be given together")
+        return self
 
     @property
     def folder(self) -> str:
@@ -69,6 +87,18 @@ class _Columns:
     """The shards' entries as JSON."""
 
 
+_FORMS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "id_bytes": ("u1", ()),
+    "id_offsets": ("<i8", ()),
+    "digests": ("u1", (32,)),
+    "counts": ("<i4", (len(COUNTS),)),
+    "spans": ("<i4", (2,)),
+    "keys": ("<u8", ()),
+    "key_order": ("<u4", ()),
+}
+"""Element type of each column and the shape of its rows."""
+
+
 class SampleIndex:
     """Finds samples by id and gives the rows of any shard."""
 
@@ -85,13 +115,19 @@ class SampleIndex:
         except ValidationError as error:
             raise CacheCorrupt(f"{where}: its list of shards is damaged: {error.errors()[0]['msg']}") from error
         self.first_sample = np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards], dtype=np.int64)])
-        self._first_turn = np.concatenate([[0], np.cumsum([shard.turns for shard in self.shards], dtype=np.int64)])
+        first_turn = np.concatenate([[0], np.cumsum([shard.turns for shard in self.shards], dtype=np.int64)])
         lengths = {len(columns.id_offsets) - 1, *(len(column) for column in self._per_sample())}
-        if lengths != {int(self.first_sample[-1])} or len(columns.spans) != int(self._first_turn[-1]):
+        if lengths != {int(self.first_sample[-1])} or len(columns.spans) != int(first_turn[-1]):
             raise CacheCorrupt(
                 f"{where}: its columns have {sorted(lengths)} rows, {self.first_sample[-1]} are expected"
             )
-        self.rows_of_shard = lru_cache(maxsize=_SHARD_TABLES)(self._rows_of_shard)
+        arrays = {len(stored_fields(shard.layout)) for shard in self.shards if shard.layout is not None}
+        if (problem := _problem(columns, arrays=arrays)) is not None:
+            raise CacheCorrupt(f"{where}: {problem}")
+        # it knows nothing of ``self``: an index in no cycle is unmapped when it is let go
+        self.rows_of_shard = lru_cache(maxsize=_SHARD_TABLES)(
+            partial(_rows_of_shard, columns, self.shards, self.first_sample, first_turn, where)
+        )
 
     @classmethod
     def from_records(
@@ -149,12 +185,12 @@ class SampleIndex:
     def sample_ids(self) -> tuple[str, ...]:
         """Ids of all samples, in planned order."""
         text, offsets = self._columns.id_bytes.tobytes(), self._columns.id_offsets.tolist()
-        return tuple(text[start:stop].decode() for start, stop in pairwise(offsets))
+        return tuple(self._decode(text[start:stop]) for start, stop in pairwise(offsets))
 
     def sample_id(self, position: int) -> str:
         """Return the id of the sample at a position of the planned order."""
         start, stop = self._columns.id_offsets[position : position + 2]
-        return self._columns.id_bytes[start:stop].tobytes().decode()
+        return self._decode(self._columns.id_bytes[start:stop].tobytes())
 
     def position(self, sample_id: str) -> int | None:
         """Return where a sample stands in the planned order, or None when it is not stored."""
@@ -182,21 +218,31 @@ class SampleIndex:
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self._columns, self._where)
 
-    def _rows_of_shard(self, shard: int) -> SampleRows:
-        first, stop = self.first_sample[shard : shard + 2]
-        first_turn, stop_turn = self._first_turn[shard : shard + 2]
-        rows = SampleRows(
-            counts=self._columns.counts[first:stop],
-            spans=self._columns.spans[first_turn:stop_turn],
-            crc32c=self._columns.crc32c[first:stop],
-        )
-        if (problem := rows.problem()) is not None:
-            raise CacheCorrupt(f"{self._where}: shard {self.shards[shard].shard_id} has {problem}")
-        return rows
+    def _decode(self, sample_id: bytes) -> str:
+        try:
+            return sample_id.decode()
+        except UnicodeDecodeError as error:
+            raise CacheCorrupt(f"{self._where}: the id of a sample is no text: {error}") from error
 
     def _per_sample(self) -> Sequence[np.ndarray]:
         columns = self._columns
         return columns.digests, columns.counts, columns.crc32c, columns.keys, columns.key_order
+
+
+def _problem(columns: _Columns, *, arrays: set[int]) -> str | None:
+    """Return what makes these columns impossible, their lengths aside, or None."""
+    for name, (dtype, shape) in _FORMS.items():
+        column = getattr(columns, name)
+        if column.dtype != np.dtype(dtype) or column.shape[1:] != shape:
+            return f"its column {name} is {column.dtype} of shape {column.shape}"
+    if columns.crc32c.dtype != np.uint32 or columns.crc32c.ndim != 2 or not arrays <= {columns.crc32c.shape[1]}:
+        return f"its column crc32c is {columns.crc32c.dtype} of shape {columns.crc32c.shape}"
+    offsets, keys = columns.id_offsets, columns.keys
+    if (int(offsets[0]), int(offsets[-1])) != (0, len(columns.id_bytes)) or (offsets[1:] < offsets[:-1]).any():
+        return "the ids of its samples are out of order, or beyond their text"
+    if (keys[1:] < keys[:-1]).any() or columns.key_order.max(initial=0) >= max(len(keys), 1):
+        return "its keys are out of order, or belong to no sample"
+    return None
 
 
 def tier_bytes(record: CommitRecord) -> dict[Tier, int]:
@@ -221,6 +267,21 @@ def _entry(record: CommitRecord, digest: FileDigest) -> ShardEntry:
         turns=len(record.rows.spans),
         tier_bytes=tier_bytes(record),
     )
+
+
+def _rows_of_shard(
+    columns: _Columns,
+    entries: Sequence[ShardEntry],
+    first_sample: Int64[np.ndarray, " shards+1"],
+    first_turn: Int64[np.ndarray, " shards+1"],
+    where: str,
+    shard: int,
+) -> SampleRows:
+    samples, turns = (slice(*first[shard : shard + 2]) for first in (first_sample, first_turn))
+    rows = SampleRows(counts=columns.counts[samples], spans=columns.spans[turns], crc32c=columns.crc32c[samples])
+    if (problem := rows.problem()) is not None:
+        raise CacheCorrupt(f"{where}: shard {entries[shard].shard_id} has {problem}")
+    return rows
 
 
 def _rebuild(columns: _Columns, where: str) -> SampleIndex:

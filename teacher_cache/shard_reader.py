@@ -1,6 +1,5 @@
 """Reads rows of one committed shard: one ranged request per array, straight into the result."""
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,7 +46,6 @@ class ShardReader:
         self._geometries = {**geometries, OFFSETS: offsets}
         self._files: dict[str, FileReader] = {}
         self._chunks: dict[str, Int[np.ndarray, "chunks 2"]] = {}
-        self._lock = threading.Lock()
 
     def prefetch(self, name: str, rows: RowRange) -> None:
         """Have the kernel read ahead what :meth:`read` will ask for; problems show then."""
@@ -77,6 +75,9 @@ class ShardReader:
                 self._read_into(name, rows.start, result.reshape(-1).data.cast("B"))
             except (FileNotFoundError, NotADirectoryError, TruncatedFile, ValueError) as error:
                 raise self._corrupt(name, rows.sample_id, f"{type(error).__name__}: {error}") from error
+            except MemoryError as error:
+                path, sample = self._path(name), _of_sample(rows.sample_id)
+                raise CacheError(f"shard {self._shard_id}{sample}: {path}: {shape[0]} rows need too much memory") from error
             except OSError as error:
                 path, sample = self._path(name), _of_sample(rows.sample_id)
                 raise CacheError(f"shard {self._shard_id}{sample}: cannot read {path}: {error}") from error
@@ -92,7 +93,10 @@ class ShardReader:
     def _require_present(self, name: str, rows: RowRange) -> None:
         """Refuse a claim of very many rows that the file cannot hold, before memory is taken for them."""
         geometry = self._geometries[name]
-        if (rows.stop - rows.start) * geometry.field.row_bytes <= _TRUSTED_BYTES or geometry.compression != "none":
+        if geometry.compression != "none":
+            self._chunk_index(name)  # as long as the number of rows asks for
+            return
+        if (rows.stop - rows.start) * geometry.field.row_bytes <= _TRUSTED_BYTES:
             return
         size, needed = self._file(name).size_bytes, _stored_position(geometry, rows.stop)
         if size < needed:
@@ -153,11 +157,9 @@ class ShardReader:
     def _file(self, name: str) -> FileReader:
         file = self._files.get(name)
         if file is None:
-            with self._lock:
-                if name not in self._files:
-                    path = f"{self._folder}/{object_name(name, self._geometries[name])}"
-                    self._files[name] = self._store.open(path)
-                file = self._files[name]
+            # without a lock: a thread that holds one during a fork would leave it held in the child
+            opened = self._store.open(f"{self._folder}/{object_name(name, self._geometries[name])}")
+            file = self._files.setdefault(name, opened)
         return file
 
     def _corrupt(self, name: str, sample_id: str, reason: str) -> CacheCorrupt:

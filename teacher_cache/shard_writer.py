@@ -164,8 +164,7 @@ class _ArrayWriter:
 
     def wait(self) -> dict[str, FileDigest]:
         """Return the digest of the object once it is written."""
-        while self._writes:
-            self._writes.popleft().result()
+        self._wait_for(pending=0)
         if not self.geometry.num_rows:
             return {}
         digest = FileDigest(size_bytes=self._size_bytes, blake3=self._hasher.hexdigest())
@@ -173,9 +172,13 @@ class _ArrayWriter:
 
     def _submit_batch(self) -> None:
         batch, self._batch, self._batch_bytes = self._batch, [], 0
-        while len(self._writes) >= _BATCHES_AHEAD:
-            self._writes.popleft().result()
+        self._wait_for(pending=_BATCHES_AHEAD - 1)
         self._writes.append(self._shard.submit(lambda: self._encode_batch(batch), self._digest, self._write))
+
+    def _wait_for(self, *, pending: int) -> None:
+        while len(self._writes) > pending:
+            self._writes[0].result()  # a write that failed stays, so that its array can never be completed
+            self._writes.popleft()
 
     def _write(self, buffers: list[memoryview]) -> None:
         if buffers:
