@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def measure(settings: Settings) -> Iterator[Figure]:
     folder = settings.folder / SECTION
     peers = [peer for peer in PEERS if peer.is_installed]
     for name in sorted({peer.module for peer in PEERS if not peer.is_installed}):
-        print(f"peers: {name} is not installed; see benchmarks/requirements-peers.txt", flush=True)
+        print(f"peers: {name} is not installed; see benchmarks/requirements-peers.txt", file=sys.stderr)
     yield from _writes(settings, folder, samples=samples, arrays=arrays, peers=peers)
     yield from _reads(settings, folder, arrays=arrays, peers=peers)
     shutil.rmtree(folder)
