@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 usage or config, 3 incomplete (a retry makes sen
 integrity (a retry is useless), 128 + n on signal n.
 """
 
+import difflib
 import importlib
 import signal
 import sys
@@ -46,12 +47,32 @@ COMMANDS = {
     "cache inspect": Command(
         target="launch.cache_commands:inspect_command",
         arguments="URI [--sample ID]",
-        help="identity, provenance, and one sample decoded",
+        help="identity, origin and digest, or one sample decoded",
     ),
     "cache verify": Command(
-        target="launch.cache_commands:verify_command",
+        target="launch.cache_upkeep:verify_command",
+        arguments="URI [--level LEVEL] [--trusted-digest HEX]",
+        help="check every stored byte against what was committed",
+    ),
+    "cache repair": Command(
+        target="launch.cache_upkeep:repair_command",
         arguments="URI",
-        help="check every stored byte against the commit records",
+        help="give up what is damaged; the next build computes it again",
+    ),
+    "cache gc": Command(
+        target="launch.cache_upkeep:gc_command",
+        arguments="URI [--drop-question-rows]",
+        help="remove what killed builds left; on request tier Q",
+    ),
+    "cache diff": Command(
+        target="launch.cache_comparison:diff_command",
+        arguments="URI URI",
+        help="what two caches do not have in common",
+    ),
+    "cache find": Command(
+        target="launch.cache_comparison:find_command",
+        arguments="FOLDER CONFIG",
+        help="which caches under a folder serve a run file",
     ),
     "train": Command(
         target="launch.train_commands:train_command",
@@ -94,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     name, rest = split_command(argv)
     if name is None:
-        print(f"genrecal: no command {' '.join(argv[:2])!r}\n\n{usage()}", file=sys.stderr)
+        print(f"genrecal: no command {' '.join(argv[:2])!r}{_suggestion(argv)}\n\n{usage()}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _unwind)
     module, function = COMMANDS[name].target.split(":")
@@ -114,6 +135,13 @@ def split_command(argv: list[str]) -> tuple[str | None, list[str]]:
         if name in COMMANDS:
             return name, argv[words:]
     return None, argv
+
+
+def _suggestion(argv: list[str]) -> str:
+    for words in (2, 1):
+        if close := difflib.get_close_matches(" ".join(argv[:words]), COMMANDS, n=1, cutoff=0.75):
+            return f", did you mean {close[0]!r}?"
+    return ""
 
 
 def usage() -> str:

@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 OUR_LOGGERS = ("teacher_cache", "recalibrator", "distill", "launch")
@@ -26,3 +28,18 @@ def setup_logging(log_file: Path, *, console: bool = True) -> None:
     # libraries that print on their own: progress of small files, and warnings about the CPU
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@contextmanager
+def console_logging() -> Iterator[None]:
+    """Send INFO lines about the cache to standard error within the block, for commands that keep no log file."""
+    logger = logging.getLogger("teacher_cache")
+    handler, level = logging.StreamHandler(sys.stderr), logger.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -31,7 +31,8 @@ def progress(*, total: int, unit: str, description: str, initial: int = 0) -> It
     else:
         lines = _Lines(total=total, unit=unit, description=description, initial=initial)
         yield lines
-        lines.show()
+        if total:
+            lines.show()
 
 
 class _Bar:

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from launch.console import format_bytes
 from launch.report.data import RunData
-from launch.report.figures import format_bytes, sizes_figure
+from launch.report.figures import sizes_figure
 
 
 def cache_section(run: RunData) -> dict[str, Any] | None:

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
+from launch.console import format_bytes
+
 WIDTH = 9.0
 NAMES = ("ink", "muted", "grid", "page", "teacher", "untouched", "sft", "distilled", "kd", "extra")
 COLORS = {name: f"#0a0b{index:02x}" for index, name in enumerate(NAMES, start=16)}
@@ -194,15 +196,6 @@ def scatter_figure(panels: Mapping[str, Mapping[str, Any]], *, prefix: str) -> s
         _shared_legend(figure, axes)
 
     return draw(paint, height=3.0, prefix=prefix)
-
-
-def format_bytes(count: float) -> str:
-    """Return a byte count with a binary unit and three digits."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"
 
 
 def _grouped_bars(axis: Axes, kinds: Mapping[str, Mapping[str, float]], *, teacher: Mapping[str, float]) -> None:

@@ -14,11 +14,11 @@ import torch
 from safetensors.numpy import save_file
 
 from distill.scoring import EvaluationResult, read_sample_rows, write_result
+from launch.console import format_bytes
 from launch.demo.digits import generate_digit_vqa
 from launch.report import report_command, write_report
 from launch.report.embedding import embed, unbiased_cka
 from launch.report.examples import data_uri
-from launch.report.figures import format_bytes
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import DataError
 from teacher_cache.plan import PlannedShard
@@ -395,6 +395,8 @@ def test_images_that_no_browser_shows_become_png() -> None:
     assert data_uri(b"\xff\xd8\xff").startswith("data:image/jpeg;base64,")
 
 
-@pytest.mark.parametrize(("count", "text"), [(12, "12 B"), (1536, "1.5 KiB"), (3.25 * 2**40, "3.25 TiB")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(12, "12 B"), (1536, "1.5 KiB"), (1023 * 2**20, "1023 MiB"), (3.25 * 2**40, "3.25 TiB")]
+)
 def test_byte_counts_read_well(count: float, text: str) -> None:
     assert format_bytes(count) == text
