@@ -221,11 +221,11 @@ def load_teacher_head(path: Path, *, vocab_size: int, hidden_size: int) -> Teach
             )
     except Exception as error:
         raise CacheCorrupt(f"{path}: not a teacher head: {error}") from error
-    bias_shape = (vocab_size,) if head.bias is None else tuple(head.bias.shape)
-    if (*head.weight.shape, *bias_shape) != (vocab_size, hidden_size, vocab_size) or head.weight.dtype not in _FLOAT_BITS:
+    weight, bias = head.weight, head.bias
+    has_sizes = weight.shape == (vocab_size, hidden_size) and (bias is None or bias.shape == (vocab_size,))
+    if not has_sizes or weight.dtype not in _FLOAT_BITS:
         raise CacheCorrupt(
-            f"{path}: a teacher head of {tuple(head.weight.shape)} {head.weight.dtype} and a bias of {bias_shape}, "
-            f"expected {vocab_size} rows of {hidden_size}"
+            f"{path}: a teacher head of {tuple(weight.shape)} {weight.dtype}, expected {(vocab_size, hidden_size)} floats"
         )
     return head
 

@@ -13,13 +13,16 @@ from teacher_cache.errors import (
     CacheError,
     CacheMismatch,
     CacheNotFound,
+    ConfigError,
     FormatUnsupported,
 )
-from teacher_cache.storage import Store
+from teacher_cache.storage import DOCUMENT_LIMIT_BYTES, Store
 
 MANIFEST: Final = "CACHE.json"
 FORMAT: Final = "genrecal-cache"
 VERSION: Final = 2
+LIMIT_BYTES: Final = 16 * 1024**2
+"""Longest manifest or snapshot."""
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -42,8 +45,8 @@ class HeadEntry(StoredModel):
 
     file: str = Field(pattern=r"^teacher_head-[0-9a-f]{16}\.safetensors$")
     digest: FileDigest
-    vocab_size: int
-    hidden_size: int
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
 
 
 class Manifest(StoredModel):
@@ -111,7 +114,7 @@ def read_manifest(store: Store) -> Manifest:
     """
     where = f"{store.uri}/{MANIFEST}"
     try:
-        data = store.read(MANIFEST)
+        data = store.read(MANIFEST, limit_bytes=LIMIT_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheNotFound(
             f"no cache at {store.uri}: {where} does not exist; build the cache or correct the uri"
@@ -127,12 +130,16 @@ def read_manifest(store: Store) -> Manifest:
             f"{FORMAT!r} version {VERSION}; {'build the cache again' if older else 'use a newer release'}"
         )
     manifest = parse_model(Manifest, data, where=where)
-    if manifest.fingerprint != fingerprint(manifest.identity):
+    try:
+        expected = fingerprint(manifest.identity)
+    except ConfigError as error:
+        raise CacheCorrupt(f"{where}: the identity has {error}") from error
+    if manifest.fingerprint != expected:
         raise CacheCorrupt(f"{where}: the fingerprint {manifest.fingerprint} does not belong to the identity")
     return manifest
 
 
-def read_document(store: Store, name: str, *, where: str) -> bytes:
+def read_document(store: Store, name: str, *, where: str, limit_bytes: int = DOCUMENT_LIMIT_BYTES) -> bytes:
     """Return the bytes of a document that must exist.
 
     Raises:
@@ -140,7 +147,7 @@ def read_document(store: Store, name: str, *, where: str) -> bytes:
         CacheError: it cannot be read.
     """
     try:
-        return store.read(name)
+        return store.read(name, limit_bytes=limit_bytes)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheCorrupt(f"{where}: {store.uri}/{name} is missing; restore it or build the cache again") from error
     except OSError as error:

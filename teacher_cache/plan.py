@@ -183,7 +183,7 @@ def _encode(shards: Sequence[PlannedShard], *, previous: str | None) -> bytes:
 def _read_generation(store: Store, number: int, manifest: Manifest) -> bytes | None:
     name = generation_name(number, manifest)
     if number == 0:
-        return read_document(store, name, where="plan")
+        return read_document(store, name, where="plan", limit_bytes=manifest.plan.digest.size_bytes)
     try:
         return store.read(name)
     except FileNotFoundError:

@@ -79,7 +79,7 @@ class TeacherCache:
         if self._layout is not None and (
             self._layout.codec != manifest.codec or (head and head.hidden_size != self._layout.hidden_size)
         ):
-            raise CacheCorrupt(f"the shards of {store.uri} are not of its manifest's codec or hidden size: {self._layout}")
+            raise CacheCorrupt(f"{store.uri}: {self._layout} differs from the codec or hidden size in the manifest")
         # it knows nothing of ``self``: a cache in no cycle closes its files when it is let go
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(partial(_open_shard, store, index))
 

@@ -1,13 +1,15 @@
 """Checks of one shard and of one file against what was committed."""
 
 import errno
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from teacher_cache.codec import AXES, stored_fields
+from teacher_cache.codec import AXES, Layout, stored_fields
+from teacher_cache.documents import parse_document
 from teacher_cache.durable_files import FileDigest
 from teacher_cache.errors import CacheCorrupt, CacheError
 from teacher_cache.ledger import CommitRecord, read_record, record_name
@@ -17,7 +19,7 @@ from teacher_cache.shard_reader import RowRange, ShardReader
 from teacher_cache.shard_writer import OFFSETS, offsets_field
 from teacher_cache.storage import Store, TruncatedFile
 from teacher_cache.stored_digest import require_digest
-from teacher_cache.zarr_format import ArrayGeometry, object_name
+from teacher_cache.zarr_format import ArrayGeometry, array_metadata, group_metadata, object_name
 
 Level = Literal["full", "rows", "quick"]
 LEVELS: dict[Level, str] = {
@@ -86,6 +88,8 @@ def check_shard(
         return Check(known=frozenset(known), problems=tuple(problems), missing=missing, names_files=False)
     known |= {f"{record.folder}/{path}" for path in record.files}
     damage = [*_check_files(store, record, level=level)]
+    if not damage and level != "quick":
+        damage += _check_metadata(store, record)
     if not damage and level == "rows":
         damage += _check_rows(store, record)
     samples = 0 if damage else len(record.sample_ids)
@@ -105,15 +109,8 @@ def _files_problem(record: CommitRecord) -> str | None:
     """Return how the files that a record names differ from those that its samples need, or None."""
     if record.layout is None:
         return None if not record.files else f"shard {record.shard_id}: files without samples"
-    expected: dict[str, int | None] = {"zarr.json": None, f"{OFFSETS}/zarr.json": None}
-    geometries = {
-        name: ArrayGeometry(field=field, num_rows=int(rows[-1]), compression=record.layout.compression)
-        for name, field in stored_fields(record.layout).items()
-        if field.tier in record.tiers
-        for rows in [record.rows.offsets[field.axis]]
-    }
-    geometries[OFFSETS] = ArrayGeometry(field=offsets_field(), num_rows=len(record.sample_ids) + 1, compression="none")
-    for name, geometry in geometries.items():
+    expected: dict[str, int | None] = {"zarr.json": None}
+    for name, geometry in _geometries(record, record.layout).items():
         expected[f"{name}/zarr.json"] = None
         if geometry.num_rows:
             is_raw = geometry.compression == "none"
@@ -125,6 +122,35 @@ def _files_problem(record: CommitRecord) -> str | None:
         if size is not None and path in record.files and record.files[path].size_bytes != size
     ]
     return None if not wrong else f"shard {record.shard_id}: its commit record misdescribes {', '.join(wrong[:5])}"
+
+
+def _geometries(record: CommitRecord, layout: Layout) -> dict[str, ArrayGeometry]:
+    """Return the sizes of the arrays that a shard holds, by name."""
+    geometries = {
+        name: ArrayGeometry(field=field, num_rows=int(rows[-1]), compression=layout.compression)
+        for name, field in stored_fields(layout).items()
+        if field.tier in record.tiers
+        for rows in [record.rows.offsets[field.axis]]
+    }
+    geometries[OFFSETS] = ArrayGeometry(field=offsets_field(), num_rows=len(record.sample_ids) + 1, compression="none")
+    return geometries
+
+
+def _check_metadata(store: Store, record: CommitRecord) -> Iterator[Problem]:
+    """Check what other Zarr libraries go by and this one never reads: shapes, types and codecs."""
+    expected = {"zarr.json": group_metadata({})}
+    if record.layout is not None:
+        geometries = _geometries(record, record.layout)
+        expected |= {f"{name}/zarr.json": array_metadata(geometries[name], attributes={}) for name in geometries}
+    for path, metadata in expected.items() if record.files else ():
+        name = f"{record.folder}/{path}"
+        try:
+            found = parse_document(store.read(name, limit_bytes=record.files[path].size_bytes), where=name)
+            if {**found, "attributes": {}} != {**json.loads(metadata), "attributes": {}}:
+                raise CacheCorrupt(f"{name} describes another array than its commit record")
+        except (CacheError, OSError) as error:
+            message = f"shard {record.shard_id}: {error}"
+            yield Problem(kind=_kind(store, name, error), path=name, message=message, shard_id=record.shard_id)
 
 
 def check_file(

@@ -77,7 +77,7 @@ class ShardReader:
                 raise self._corrupt(name, rows.sample_id, f"{type(error).__name__}: {error}") from error
             except MemoryError as error:
                 path, sample = self._path(name), _of_sample(rows.sample_id)
-                raise CacheError(f"shard {self._shard_id}{sample}: {path}: {shape[0]} rows need too much memory") from error
+                raise CacheError(f"shard {self._shard_id}{sample}: {path}: no memory for {shape[0]} rows") from error
             except OSError as error:
                 path, sample = self._path(name), _of_sample(rows.sample_id)
                 raise CacheError(f"shard {self._shard_id}{sample}: cannot read {path}: {error}") from error

@@ -85,9 +85,7 @@ def read_snapshot(store: Store, number: int, *, fingerprint: str) -> Snapshot:
         CacheCorrupt: it is missing, was changed, or belongs to another cache.
     """
     where = f"{store.uri}/{snapshot_name(number)}"
-    snapshot = parse_model(
-        Snapshot, read_snapshot_bytes(store, number), where=where
-    )
+    snapshot = parse_model(Snapshot, read_snapshot_bytes(store, number), where=where)
     if (snapshot.number, snapshot.fingerprint) != (number, fingerprint):
         raise CacheCorrupt(
             f"{where} is snapshot {snapshot.number} of cache {snapshot.fingerprint[:16]}, "

@@ -153,7 +153,7 @@ def local_file(store: Store, name: str) -> Iterator[Path]:
     from teacher_cache.local_store import LocalStore
 
     if isinstance(store, LocalStore):
-        yield store.root / check_name(name)
+        yield store.path(name)
         return
     reader = store.open(name)
     with tempfile.NamedTemporaryFile(prefix="genrecal-") as copy:

@@ -4,19 +4,28 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 
 from teacher_cache.claims import CLAIMS
 from teacher_cache.durable_files import digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError, CacheIncomplete
 from teacher_cache.gc import ATTEMPT
-from teacher_cache.ledger import SHARDS, standing_revisions
+from teacher_cache.ledger import SHARDS, record_name, standing_revisions
 from teacher_cache.local_store import STAGING
-from teacher_cache.manifest import MANIFEST, Manifest, read_document, read_manifest
+from teacher_cache.manifest import MANIFEST, Manifest, read_manifest
 from teacher_cache.plan import Plan, PlannedShard, generation_name, read_plan
 from teacher_cache.progress import progress
 from teacher_cache.sample_index import ShardEntry
 from teacher_cache.shard_checks import Check, Kind, Level, Problem, check_file, check_shard, is_unreadable
-from teacher_cache.snapshot import SNAPSHOTS, Snapshot, latest_snapshot, map_index, read_snapshot, snapshot_name
+from teacher_cache.snapshot import (
+    SNAPSHOTS,
+    Snapshot,
+    latest_snapshot,
+    map_index,
+    read_snapshot,
+    read_snapshot_bytes,
+    snapshot_name,
+)
 from teacher_cache.storage import Store, open_store
 
 _THREADS = 4
@@ -80,7 +89,7 @@ def snapshot_digest(uri: str) -> str:
     number = latest_snapshot(store)
     if number is None:
         raise CacheIncomplete(f"{uri} has no snapshot; complete the build")
-    return digest_bytes(read_document(store, snapshot_name(number), where=f"snapshot {number}")).blake3
+    return digest_bytes(read_snapshot_bytes(store, number)).blake3
 
 
 def _verify(uri: str, *, level: Level, trusted_digest: str | None) -> VerifyReport:
@@ -92,6 +101,7 @@ def _verify(uri: str, *, level: Level, trusted_digest: str | None) -> VerifyRepo
     standing, entries = standing_revisions(store), _index_entries(store, latest)
     if trusted_digest is not None:
         problems += _check_trusted(store, latest, trusted_digest=trusted_digest)
+        problems += _check_beyond(latest, manifest=manifest, plan=plan, standing=standing, entries=entries)
     top = _check_top_level(store, manifest=manifest, plan=plan, latest=latest, level=level)
     shards = _check_shards(store, manifest=manifest, plan=plan, standing=standing, entries=entries, level=level)
     checks = [top, *shards]
@@ -125,10 +135,32 @@ def _check_trusted(store: Store, latest: Snapshot | None, *, trusted_digest: str
         yield Problem(kind="untrusted", path=name, message=message)
 
 
+def _check_beyond(
+    latest: Snapshot | None,
+    *,
+    manifest: Manifest,
+    plan: Plan,
+    standing: Mapping[str, int],
+    entries: Mapping[str, ShardEntry],
+) -> Iterator[Problem]:
+    """Yield the parts of the plan and the records that no snapshot vouches for."""
+    generations = [generation_name(number, manifest) for number in range(len(plan.generations))]
+    beyond = [name for name in generations if latest is None or name not in latest.files]
+    beyond += [
+        record_name(shard_id, revision)
+        for shard_id, revision in standing.items()
+        if shard_id not in entries or revision > entries[shard_id].revision
+    ]
+    for name in beyond:
+        message = f"{name}: it came after the trusted snapshot, which says nothing of it"
+        yield Problem(kind="untrusted", path=name, message=message)
+
+
 def _check_snapshots(store: Store, manifest: Manifest) -> tuple[list[Snapshot], list[Problem]]:
     snapshots, problems = [], []
     numbers = {int(match[1]) for entry in store.list(SNAPSHOTS) if (match := _SNAPSHOT.fullmatch(entry.name))}
-    for number in range(max(numbers, default=-1) + 1):
+    first_gap = next(number for number in count() if number not in numbers)
+    for number in sorted({*numbers, min(first_gap, max(numbers))} if numbers else ()):
         try:
             snapshots.append(read_snapshot(store, number, fingerprint=manifest.fingerprint))
         except CacheError as error:

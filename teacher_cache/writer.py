@@ -36,6 +36,7 @@ from teacher_cache.schema import SkippedSample, TeacherHead, TeacherTargets
 from teacher_cache.shard_attempt import ShardAttempt
 from teacher_cache.snapshot import publish_snapshot
 from teacher_cache.storage import Store, local_file, open_store
+from teacher_cache.stored_digest import require_digest
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +207,9 @@ class CacheWriter:
         entry = self.manifest.teacher_head
         if entry is None:
             return None
+        require_digest(self.store, entry.file, expected=entry.digest, where="teacher head")
         with local_file(self.store, entry.file) as path:
-            return load_teacher_head(path)
+            return load_teacher_head(path, vocab_size=entry.vocab_size, hidden_size=entry.hidden_size)
 
     @cached_property
     def _open_shards(self) -> set[str]:
