@@ -225,7 +225,7 @@ def load_teacher_head(path: Path, *, vocab_size: int, hidden_size: int) -> Teach
     has_sizes = weight.shape == (vocab_size, hidden_size) and (bias is None or bias.shape == (vocab_size,))
     if not has_sizes or weight.dtype not in _FLOAT_BITS:
         raise CacheCorrupt(
-            f"{path}: its weight is {weight.dtype} of {tuple(weight.shape)}, expected floats of {(vocab_size, hidden_size)}"
+            f"{path}: its weight is {weight.dtype} {tuple(weight.shape)}, expected floats {(vocab_size, hidden_size)}"
         )
     return head
 
