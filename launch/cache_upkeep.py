@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from launch.arguments import ArgumentParser, cache_parser
 from launch.console import count_of, first_of, format_bytes, names_in_line, print_facts, print_json
 from launch.logs import console_logging
+from teacher_cache.config import LEVELS
 
 if TYPE_CHECKING:
     from teacher_cache.gc import GcReport
@@ -16,11 +17,6 @@ if TYPE_CHECKING:
     from teacher_cache.repair import RepairReport
     from teacher_cache.verify import VerifyReport
 
-LEVELS = {
-    "full": "the digest of every file",
-    "rows": "the checksum of every sample's rows",
-    "quick": "names and lengths of all files, and the documents",
-}
 _BUILD = "run `genrecal cache build CONFIG`"
 
 

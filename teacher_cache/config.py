@@ -8,6 +8,13 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 RowCodec = Literal["exact", "fp8"]
 Compression = Literal["none", "zstd"]
 Sharing = Literal["private", "group"]
+Level = Literal["full", "rows", "quick"]
+LEVELS: dict[Level, str] = {
+    "full": "the digest of every file",
+    "rows": "the checksum of every sample's rows",
+    "quick": "names and lengths of all files, and the documents",
+}
+"""How much a verification reads."""
 
 
 class StrictConfig(BaseModel):

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from teacher_cache.codec import AXES, Layout, stored_fields
+from teacher_cache.config import Level
 from teacher_cache.documents import parse_document
 from teacher_cache.durable_files import FileDigest
 from teacher_cache.errors import CacheCorrupt, CacheError
@@ -21,12 +22,6 @@ from teacher_cache.storage import Store, TruncatedFile
 from teacher_cache.stored_digest import require_digest
 from teacher_cache.zarr_format import ArrayGeometry, array_metadata, group_metadata, object_name
 
-Level = Literal["full", "rows", "quick"]
-LEVELS: dict[Level, str] = {
-    "full": "the digest of every file",
-    "rows": "the checksum of every sample's rows",
-    "quick": "names and lengths of all files, and the documents",
-}
 Kind = Literal["missing", "changed", "extra", "untrusted", "unreadable"]
 """``unreadable`` says nothing about what is stored: the store did not give it."""
 

@@ -12,12 +12,12 @@ import torch
 from crc32c import crc32c
 
 from teacher_cache import open_cache
+from teacher_cache.config import LEVELS, Level
 from teacher_cache.errors import FormatUnsupported
 from teacher_cache.gc import collect_garbage
 from teacher_cache.inspect import cache_status, find_caches
 from teacher_cache.repair import repair_cache
 from teacher_cache.schema import SkippedSample, predicting_rows, question_row_mask, tier_a_rows
-from teacher_cache.shard_checks import LEVELS, Level
 from teacher_cache.verify import verify_cache
 from tests.fixtures.format_content import (
     HIDDEN,
