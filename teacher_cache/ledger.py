@@ -194,15 +194,20 @@ def standing_revisions(store: Store) -> dict[str, int]:
     Raises:
         CacheError: the records cannot be listed.
     """
-    found: dict[str, int] = {}
     try:
-        for entry in store.list(COMMITS):
-            shard_id, _, revision = entry.name.removeprefix(f"{COMMITS}/").removesuffix(".json").rpartition(".")
-            number = int(revision) if revision.isdecimal() else -1
-            if 0 <= number <= _LAST_REVISION and entry.name == record_name(shard_id, number):
-                found[shard_id] = max(number, found.get(shard_id, 0))
+        return highest_revisions(entry.name for entry in store.list(COMMITS))
     except OSError as error:
         raise CacheError(f"cannot list {store.uri}/{COMMITS}: {error}") from error
+
+
+def highest_revisions(names: Iterable[str]) -> dict[str, int]:
+    """Return the highest revision of each shard among the names of commit records; other names do not matter."""
+    found: dict[str, int] = {}
+    for name in names:
+        shard_id, _, revision = name.removeprefix(f"{COMMITS}/").removesuffix(".json").rpartition(".")
+        number = int(revision) if revision.isdecimal() else -1
+        if 0 <= number <= _LAST_REVISION and name == record_name(shard_id, number):
+            found[shard_id] = max(number, found.get(shard_id, 0))
     return found
 
 

@@ -3,13 +3,14 @@
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from teacher_cache.errors import CacheError
-from teacher_cache.ledger import SHARDS, CommitRecord, no_rows, record_name, standing_revisions
+from teacher_cache.ledger import COMMITS, SHARDS, CommitRecord, highest_revisions, no_rows, record_name
 from teacher_cache.manifest import MANIFEST, Manifest, read_manifest
 from teacher_cache.plan import PLANS
 from teacher_cache.shard_checks import Problem
-from teacher_cache.snapshot import INDEX, SNAPSHOTS
+from teacher_cache.snapshot import INDEX, SNAPSHOTS, fill_gaps
 from teacher_cache.storage import Store, open_store
 from teacher_cache.verify import verify_cache
 from teacher_cache.writer import CacheWriter
@@ -63,8 +64,11 @@ def _require_readable(problems: Sequence[Problem], *, uri: str) -> None:
 
 def _repair(store: Store, manifest: Manifest, problems: Sequence[Problem], *, uri: str) -> RepairReport:
     damaged = list(dict.fromkeys(problem.shard_id for problem in problems if problem.shard_id is not None))
+    # a record that is gone had a revision too: whoever saw it must not take another one for it
+    names = [entry.name for entry in store.list(COMMITS)] + [problem.path for problem in problems]
+    revisions = highest_revisions(names)
     for shard_id in damaged:
-        _withdraw(store, manifest, shard_id)
+        _withdraw(store, manifest, shard_id, revision=revisions.get(shard_id, -1) + 1)
     fixed = (MANIFEST, "" if manifest.teacher_head is None else manifest.teacher_head.file)
     beyond = [
         problem
@@ -73,7 +77,9 @@ def _repair(store: Store, manifest: Manifest, problems: Sequence[Problem], *, ur
     ]
     # without its generation of the plan, an intact record looks like a file that was never part of the cache
     lost_plan = any(problem.path.startswith(f"{PLANS}/") for problem in beyond)
-    snapshots = [problem.path for problem in problems if problem.path.startswith(f"{SNAPSHOTS}/")]
+    snapshots = [
+        problem.path for problem in problems if problem.path.startswith(f"{SNAPSHOTS}/") and problem.kind != "extra"
+    ]
     removable = [
         problem.path
         for problem in problems
@@ -88,6 +94,8 @@ def _repair(store: Store, manifest: Manifest, problems: Sequence[Problem], *, ur
     rewritten = bool(snapshots or lost_index) and not damaged
     if rewritten:
         rewritten = CacheWriter(uri=uri, fingerprint=manifest.fingerprint).complete()
+    if rewritten:
+        fill_gaps(store, sorted(int(PurePosixPath(name).stem) for name in snapshots), manifest=manifest)
     return RepairReport(
         uri=uri,
         withdrawn_shards=tuple(damaged),
@@ -97,9 +105,8 @@ def _repair(store: Store, manifest: Manifest, problems: Sequence[Problem], *, ur
     )
 
 
-def _withdraw(store: Store, manifest: Manifest, shard_id: str) -> None:
+def _withdraw(store: Store, manifest: Manifest, shard_id: str, *, revision: int) -> None:
     """Commit a revision that takes the shard back."""
-    revision = standing_revisions(store).get(shard_id, -1) + 1
     record = CommitRecord(
         shard_id=shard_id,
         revision=revision,

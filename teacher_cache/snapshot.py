@@ -5,6 +5,7 @@ removal of a tier makes the next one.
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Final
 
 from pydantic import JsonValue
@@ -136,6 +137,21 @@ def publish_snapshot(store: Store, *, manifest: Manifest) -> list[CommitRecord] 
             f"{store.uri}: all shards are committed, but the snapshot cannot be written: {error}; free space or mend "
             "the store, then run the build again"
         ) from error
+
+
+def fill_gaps(store: Store, numbers: Iterable[int], *, manifest: Manifest) -> None:
+    """Give the numbers of lost snapshots the latest state: numbers have no gaps, and a lost state is not told again.
+
+    Raises:
+        CacheError: the store refused a step.
+    """
+    latest = latest_snapshot(store)
+    last = max((entry.name for entry in store.list(SNAPSHOTS)), default="")
+    for number in numbers:
+        if latest is not None and snapshot_name(number) < last and store.size(snapshot_name(number)) is None:
+            state = read_snapshot(store, latest, fingerprint=manifest.fingerprint)
+            data = encode_document(state.model_copy(update={"number": number}).model_dump(mode="json"))
+            store.create(snapshot_name(number), data)
 
 
 def is_published(

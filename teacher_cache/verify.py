@@ -102,7 +102,8 @@ def _verify(uri: str, *, level: Level, trusted_digest: str | None) -> VerifyRepo
     if trusted_digest is not None:
         problems += _check_trusted(store, latest, trusted_digest=trusted_digest)
         problems += _check_beyond(latest, manifest=manifest, plan=plan, standing=standing, entries=entries)
-    top = _check_top_level(store, manifest=manifest, plan=plan, latest=latest, level=level)
+    top = _check_top_level(store, manifest=manifest, plan=plan, snapshots=snapshots, level=level)
+    problems += _check_indexes(snapshots, top=top)
     shards = _check_shards(store, manifest=manifest, plan=plan, standing=standing, entries=entries, level=level)
     checks = [top, *shards]
     problems += [problem for check in checks for problem in check.problems]
@@ -170,8 +171,20 @@ def _check_snapshots(store: Store, manifest: Manifest) -> tuple[list[Snapshot], 
     return snapshots, problems
 
 
-def _check_top_level(store: Store, *, manifest: Manifest, plan: Plan, latest: Snapshot | None, level: Level) -> Check:
-    files = {} if latest is None else dict(latest.files)
+def _check_indexes(snapshots: Sequence[Snapshot], *, top: Check) -> Iterator[Problem]:
+    """Yield the snapshots whose samples cannot be found any more."""
+    lost = {problem.path for problem in top.problems if problem.kind != "unreadable"}
+    for snapshot in snapshots:
+        if snapshot.index in lost:
+            message = f"snapshot {snapshot.number}: its index {snapshot.index} is lost"
+            yield Problem(kind="changed", path=snapshot_name(snapshot.number), message=message)
+
+
+def _check_top_level(
+    store: Store, *, manifest: Manifest, plan: Plan, snapshots: Sequence[Snapshot], level: Level
+) -> Check:
+    files = {snapshot.index: snapshot.files[snapshot.index] for snapshot in snapshots}
+    files |= snapshots[-1].files if snapshots else {}
     if manifest.teacher_head is not None:
         files[manifest.teacher_head.file] = manifest.teacher_head.digest
     names = {MANIFEST, *(generation_name(number, manifest) for number in range(len(plan.generations)))}
