@@ -1,24 +1,44 @@
-"""What the README says is run: its commands, its Python, its run file, its list of files."""
+"""What README and operations say is held to the code: commands, Python, run files, fields, the list of files."""
 
+import ast
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
-from launch.cli import COMMANDS
-from launch.run_config import RunConfig
+from launch.cli import COMMANDS, split_command
+from launch.run_config import RunConfig, load_run_config
+from teacher_cache.config import CacheConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [text for tag, text in fenced if tag == language]
+def blocks(language: str, *, text: str = README) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [content for tag, content in fenced if tag == language]
+
+
+def console_lines() -> list[str]:
+    return [line for block in blocks("console", text=OPERATIONS) for line in block.splitlines()]
+
+
+def module_lines() -> list[str]:
+    """The lines of the README's tree that are about one module."""
+    tree = next(block for block in blocks("text") if "teacher_cache/" in block)
+    return [line.strip() for line in tree.splitlines() if re.match(r"\s+\w+\.py\s", line)]
+
+
+def first_line(module: Path) -> str:
+    return (ast.get_docstring(ast.parse(module.read_text())) or "").partition("\n")[0].removesuffix(".")
 
 
 @pytest.fixture
@@ -55,12 +75,65 @@ def test_only_make_commands_stand_outside_of_what_is_run() -> None:
     assert {line for block in blocks("") for line in block.splitlines()} == {"make demo", "make test"}
 
 
-def test_every_command_and_source_file_is_named() -> None:
+def test_every_command_is_named() -> None:
     for command in COMMANDS:
         group, _, name = command.partition(" ")
         assert f"genrecal {group}" in README
         assert name in README
-    tree = next(block for block in blocks("text") if "teacher_cache/" in block)
-    for package in ("teacher_cache", "recalibrator", "distill", "launch"):
+
+
+def test_every_source_file_is_named_with_what_it_says_of_itself() -> None:
+    lines = {" ".join(line.split()) for line in module_lines()}
+    for package in ("teacher_cache", "recalibrator", "distill", "launch", "benchmarks"):
         for path in (ROOT / package).rglob("*.py"):
-            assert path.name in tree or path.name == "__init__.py", path
+            assert f"{path.name} {first_line(path)}" in lines or path.name == "__init__.py", path
+
+
+def test_every_named_file_exists() -> None:
+    folders = ("teacher_cache", "recalibrator", "distill", "launch", "benchmarks", "tests/reliability")
+    known = {f"{path.name} {first_line(path)}" for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert {" ".join(line.split()) for line in module_lines()} <= known
+
+
+@pytest.mark.parametrize("line", [line for line in console_lines() if line.startswith("genrecal ")])
+def test_commands_of_the_operations_parse(line: str, tmp_path: Path) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(blocks("yaml")[0])
+    name, arguments = split_command(shlex.split(line)[1:])
+    assert name is not None
+    module, function = COMMANDS[name].target.split(":")
+    parser = getattr(importlib.import_module(module), f"{function.removesuffix('_command')}_parser")()
+    options, overrides = parser.parse_known_args(arguments)
+    if "config" in options:
+        assert options.config == run_file.name
+        load_run_config(run_file, overrides)
+    else:
+        assert overrides == []
+
+
+def test_operations_need_no_other_programs_than_everywhere() -> None:
+    assert {line.split()[0] for line in console_lines()} <= {"genrecal", "chmod", "export", "rsync"}
+
+
+@pytest.mark.parametrize("text", [README, OPERATIONS], ids=["README", "operations"])
+def test_named_fields_exist(text: str) -> None:
+    named = set(re.findall(r"`((?:cache|build|data|targets|teacher|train)\.[a-z_.]+)(?:`|: )", text))
+    assert len(named) > 3
+    for name in named:
+        assert is_field(RunConfig, name) or is_field(CacheConfig, name), name
+
+
+def is_field(model: type[BaseModel], name: str) -> bool:
+    first, _, rest = name.partition(".")
+    if first not in model.model_fields:
+        return False
+    inner = model.model_fields[first].annotation
+    return not rest or (isinstance(inner, type) and issubclass(inner, BaseModel) and is_field(inner, rest))
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
