@@ -19,7 +19,7 @@ from teacher_cache import TeacherCache
 from teacher_cache.chat import encode_conversation
 from teacher_cache.errors import CacheMismatch, ConfigError, DataError, SampleError
 from teacher_cache.samples import SampleSet
-from teacher_cache.schema import EncodedConversation, Sample, TeacherTargets, Tier
+from teacher_cache.schema import EncodedConversation, Sample, TeacherTargets
 
 logger = logging.getLogger(__name__)
 
@@ -132,17 +132,10 @@ class JoinedData:
         encoded = [encoding for id_ in ids if (encoding := self.encoder.encode(self.samples[id_])) is not None]
         if not self.spec.needs_teacher:
             return [JoinedSample(encoded=encoding, targets=None) for encoding in encoded]
-        targets = self.cache.read([encoding.sample_id for encoding in encoded], tiers=self.tiers)
+        targets = self.cache.read([encoding.sample_id for encoding in encoded], tiers=self.spec.tiers)
         for encoding, target in zip(encoded, targets, strict=True):
             check_turns(encoding, target, same_tokens=self.spec.with_topk)
         return [JoinedSample(encoded=e, targets=t) for e, t in zip(encoded, targets, strict=True)]
-
-    @property
-    def tiers(self) -> tuple[Tier, ...]:
-        """The targets that the stage reads."""
-        with_questions: tuple[Tier, ...] = ("Q",) if self.spec.regularization_weight > 0 else ()
-        with_logits: tuple[Tier, ...] = ("L",) if self.spec.with_topk else ()
-        return ("A", *with_questions, *with_logits)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Join and collate one micro-batch, with fillers for what every process must call."""

@@ -20,7 +20,7 @@ from distill.losses import TokenLosses, linear_ce, linear_ce_kl
 from distill.student import Part, last_hidden_state, logit_options, name_parts
 from recalibrator import Recalibrator
 from teacher_cache.errors import ConfigError
-from teacher_cache.schema import TeacherHead
+from teacher_cache.schema import TeacherHead, Tier
 
 TrainedPart = Part | Literal["recalibrator"]
 Task = Literal["losses", "question_shuffle", "features"]
@@ -43,6 +43,15 @@ class StageSpec:
     def needs_teacher(self) -> bool:
         """Whether cached targets are read."""
         return self.with_recalibrator or self.with_topk
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The cached targets that are read; none where no teacher is needed."""
+        if not self.needs_teacher:
+            return ()
+        with_questions: tuple[Tier, ...] = ("Q",) if self.regularization_weight > 0 else ()
+        with_logits: tuple[Tier, ...] = ("L",) if self.with_topk else ()
+        return ("A", *with_questions, *with_logits)
 
 
 def stage_spec(stage: Stage, *, method: Method, train: TrainConfig, has_images: bool) -> StageSpec:

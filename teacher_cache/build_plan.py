@@ -9,7 +9,7 @@ from teacher_cache.errors import CacheNotFound
 from teacher_cache.manifest import read_manifest
 from teacher_cache.plan import Plan, PlannedShard, read_plan
 from teacher_cache.samples import SampleSet
-from teacher_cache.schema import Sample
+from teacher_cache.schema import Sample, SkippedSample
 from teacher_cache.storage import open_store
 from teacher_cache.teacher_checkpoint import load_teacher_head, processing_identity, teacher_identity
 from teacher_cache.writer import CacheWriter, create_or_open_builder
@@ -38,7 +38,7 @@ def open_builder(config: CacheConfig, samples: SampleSet) -> CacheWriter:
             *plan_shards(old, samples_per_shard=size, prefix="stored"),
             *plan_shards(new, samples_per_shard=size, first=0 if stored is None else len(stored.shards)),
         ],
-        provenance=_provenance(config, samples),
+        provenance=build_provenance(config, skipped=samples.skipped),
         head=load_teacher_head(config.teacher) if stored is None else None,
         codec=config.targets.codec,
         compression=config.build.compression,
@@ -49,10 +49,15 @@ def open_builder(config: CacheConfig, samples: SampleSet) -> CacheWriter:
 
 def cache_identity(config: CacheConfig) -> dict[str, Any]:
     """Return all that decides a sample's targets beside the sample. Engine, replicas and shard sizes do not."""
+    return identity_of(config, teacher=teacher_identity(config.teacher), processing=processing_identity(config.teacher))
+
+
+def identity_of(config: CacheConfig, *, teacher: dict[str, str], processing: dict[str, str]) -> dict[str, Any]:
+    """Return the identity of a cache whose teacher and processing are these."""
     return {
-        "teacher": teacher_identity(config.teacher),
+        "teacher": teacher,
         "processing": {
-            **processing_identity(config.teacher),
+            **processing,
             "max_length": config.data.max_length,
             "spans_version": SPANS_VERSION,
         },
@@ -100,14 +105,13 @@ def _stored_plan(uri: str) -> Plan | None:
         return None
 
 
-def _provenance(config: CacheConfig, samples: SampleSet) -> dict[str, Any]:
+def build_provenance(config: CacheConfig, *, skipped: Sequence[SkippedSample]) -> dict[str, Any]:
+    """Return what a manifest says about how its cache came about; ``skipped`` are the rows that were no samples."""
     return {
         "engine": config.build.engine,
         "engine_version": engine_version(config.build.engine),
         "genrecal_version": importlib.metadata.version("genrecal"),
         "teacher": config.teacher.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json"),
-        "skipped_rows": [
-            {"sample_id": bad.sample_id, "reason": bad.reason, "message": bad.message} for bad in samples.skipped
-        ],
+        "skipped_rows": [{"sample_id": bad.sample_id, "reason": bad.reason, "message": bad.message} for bad in skipped],
     }

@@ -8,9 +8,10 @@ Bad rows are skipped and listed while the config allows, never dropped in silenc
 
 import hashlib
 import io
+import itertools
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,26 +42,38 @@ def read_samples(config: DataConfig) -> SampleSet:
         DataError: The file is missing or of another kind, or more rows are bad than ``max_skipped_samples``.
     """
     path = Path(config.path)
-    image_root = Path(config.image_root) if config.image_root else path.parent
+    image_root = image_folder(config)
     samples: list[Sample] = []
     skipped: list[SkippedSample] = []
+    for sample in parse_rows(itertools.islice(enumerate(read_rows(path)), config.max_samples), image_root=image_root):
+        if isinstance(sample, SkippedSample):
+            skipped.append(sample)
+            check_skip_budget(skipped, allowed=config.max_skipped_samples, source=str(path))
+        else:
+            samples.append(sample)
+    if not samples:
+        raise DataError(f"no usable sample in {path}: expected rows with `messages` and `images`")
+    return SampleSet(samples=tuple(samples), skipped=tuple(skipped))
+
+
+def image_folder(config: DataConfig) -> Path:
+    """Return the folder that image paths are relative to."""
+    return Path(config.image_root) if config.image_root else Path(config.path).parent
+
+
+def parse_rows(rows: Iterable[tuple[int, Mapping[str, Any]]], *, image_root: Path) -> Iterator[Sample | SkippedSample]:
+    """Yield the sample of each numbered row, or why there is none; an id counts once."""
     seen: set[str] = set()
-    for number, row in enumerate(read_rows(path)):
-        if config.max_samples is not None and number == config.max_samples:
-            break
+    for number, row in rows:
         try:
             sample = parse_row(row, number=number, image_root=image_root)
             if sample.sample_id in seen:
                 raise SampleError("the id occurs twice", sample_id=sample.sample_id, reason="bad-row")
         except SampleError as error:
-            skipped.append(SkippedSample(sample_id=error.sample_id, reason=error.reason, message=str(error)))
-            check_skip_budget(skipped, allowed=config.max_skipped_samples, source=str(path))
-            continue
-        seen.add(sample.sample_id)
-        samples.append(sample)
-    if not samples:
-        raise DataError(f"no usable sample in {path}: expected rows with `messages` and `images`")
-    return SampleSet(samples=tuple(samples), skipped=tuple(skipped))
+            yield SkippedSample(sample_id=error.sample_id, reason=error.reason, message=str(error))
+        else:
+            seen.add(sample.sample_id)
+            yield sample
 
 
 def check_skip_budget(skipped: Sequence[SkippedSample], *, allowed: int, source: str) -> None:
@@ -101,7 +114,7 @@ def parse_row(row: Mapping[str, Any], *, number: int, image_root: Path) -> Sampl
     """
     name = str(row.get("id") or f"row-{number}") if isinstance(row, Mapping) else f"row-{number}"
     try:
-        messages = tuple(_parse_message(message) for message in row["messages"])
+        messages = tuple(parse_message(message) for message in row["messages"])
         images = tuple(_image_bytes(image, image_root=image_root) for image in row.get("images") or ())
     except SampleError as error:
         raise SampleError(str(error), sample_id=name, reason=error.reason) from error
@@ -151,7 +164,12 @@ def _open_image(data: bytes, *, sample_id: str) -> PIL.Image.Image:
         raise SampleError(message, sample_id=sample_id, reason="corrupt-image") from error
 
 
-def _parse_message(message: Mapping[str, Any]) -> Message:
+def parse_message(message: Mapping[str, Any]) -> Message:
+    """Turn one entry of `messages` into a turn.
+
+    Raises:
+        SampleError: ``bad-row``: the role or a part of the content is of no known kind.
+    """
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise _bad_row(f"role {role!r} is none of {', '.join(ROLES)}")

@@ -20,7 +20,7 @@ from teacher_cache.ledger import COMMITS, SHARDS, CommitRecord, SampleRows, no_r
 from teacher_cache.plan import PlannedShard
 from teacher_cache.row_codec import QuantizationCost, quantization_cost
 from teacher_cache.schema import SkippedSample, TeacherTargets
-from teacher_cache.shard_writer import ShardWriter
+from teacher_cache.shard_writer import ShardWriter, shard_attributes
 
 if TYPE_CHECKING:
     from teacher_cache.writer import CacheWriter
@@ -179,11 +179,9 @@ class ShardAttempt:
         rows = replace(
             no_rows(), counts=np.array(self._counts, dtype=np.int32), spans=np.array(self._spans, dtype=np.int32)
         )
-        attributes = {
-            "genrecal_fingerprint": self._writer.fingerprint,
-            "genrecal_shard_id": self.shard.shard_id,
-            "sample_ids": self._ids,
-        }
+        attributes = shard_attributes(
+            fingerprint=self._writer.fingerprint, shard_id=self.shard.shard_id, sample_ids=self._ids
+        )
         written = self._shard_writer.finish(rows.offsets, attributes=attributes)
         return replace(rows, crc32c=written.crc32c), written.files
 

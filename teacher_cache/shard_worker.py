@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teacher_cache.build_plan import keeps_question_rows
-from teacher_cache.chat import encode_conversation, load_processor
+from teacher_cache.chat import Processor, encode_conversation, load_processor
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import GenrecalError, SampleError
 from teacher_cache.reader import open_cache
@@ -108,17 +108,9 @@ class ShardWorker:
     def _encode(self, samples: Sequence[Sample]) -> tuple[list[_Encoded], list[SkippedSample]]:
         encoded, skipped = [], []
         for sample in samples:
-            try:
-                conversation = encode_conversation(self.processor, sample, max_length=self.config.data.max_length)
-            except SampleError as error:
-                skipped.append(_skipped(error))
-            except GenrecalError:
-                raise
-            except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                # a processor refuses an image or a text in its own words: that costs this sample, not the job
-                logger.warning("sample %s cannot be encoded", sample.sample_id, exc_info=True)
-                message = f"the teacher's processor refuses the sample: {type(error).__name__}: {error}"
-                skipped.append(SkippedSample(sample_id=sample.sample_id, reason="not-encodable", message=message))
+            conversation = encode_or_skip(self.processor, sample, max_length=self.config.data.max_length)
+            if isinstance(conversation, SkippedSample):
+                skipped.append(conversation)
             else:
                 encoded.append(_Encoded(sample=sample, conversation=conversation))
         return encoded, skipped
@@ -141,6 +133,25 @@ class ShardWorker:
             else:
                 return done, skipped
         return [], skipped
+
+
+def encode_or_skip(processor: Processor, sample: Sample, *, max_length: int) -> EncodedConversation | SkippedSample:
+    """Return a sample as the teacher takes it, or why it takes none.
+
+    Raises:
+        ConfigError: The chat template or the processor serves no sample.
+    """
+    try:
+        return encode_conversation(processor, sample, max_length=max_length)
+    except SampleError as error:
+        return _skipped(error)
+    except GenrecalError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # a processor refuses an image or a text in its own words: that costs this sample, not the job
+        logger.warning("sample %s cannot be encoded", sample.sample_id, exc_info=True)
+        message = f"the teacher's processor refuses the sample: {type(error).__name__}: {error}"
+        return SkippedSample(sample_id=sample.sample_id, reason="not-encodable", message=message)
 
 
 def start_teacher(config: CacheConfig, *, log_file: Path | None) -> Teacher:

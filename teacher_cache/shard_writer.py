@@ -33,6 +33,25 @@ def offsets_field() -> Field:
     return Field(tier="A", axis="tokens", dtype=np.dtype("<i8"), row_shape=(len(AXES),))
 
 
+def shard_metadata(geometries: Mapping[str, ArrayGeometry], *, attributes: dict[str, Any]) -> dict[str, bytes]:
+    """Return the zarr.json of a shard's folder and of each of its arrays, by path."""
+    columns = {OFFSETS: {"columns": list(AXES)}}
+    arrays = {
+        f"{name}/zarr.json": array_metadata(geometry, attributes=columns.get(name, {}))
+        for name, geometry in geometries.items()
+    }
+    return {"zarr.json": group_metadata(attributes), **arrays}
+
+
+def shard_attributes(*, fingerprint: str, shard_id: str, sample_ids: Sequence[str]) -> dict[str, Any]:
+    """Return the attributes of a shard's folder."""
+    return {
+        "genrecal_fingerprint": fingerprint,
+        "genrecal_shard_id": shard_id,
+        "sample_ids": list(sample_ids),
+    }
+
+
 def checksum(rows: Shaped[np.ndarray, "rows ..."]) -> int:
     """Return the CRC-32C of the stored bytes of some rows."""
     return int(crc32c(_bytes_of(rows)))
@@ -73,10 +92,9 @@ class ShardWriter:
         data = list(self._arrays.values())
         for array in [*data, table]:
             array.end()
-        files = {"zarr.json": self._write_file("zarr.json", group_metadata(attributes))}
+        metadata = shard_metadata({array.name: array.geometry for array in [*data, table]}, attributes=attributes)
+        files = {name: self._write_file(name, content) for name, content in metadata.items()}
         for array in [*data, table]:
-            metadata = array_metadata(array.geometry, attributes={"columns": list(AXES)} if array is table else {})
-            files[f"{array.name}/zarr.json"] = self._write_file(f"{array.name}/zarr.json", metadata)
             files |= array.wait()
         with ThreadPoolExecutor(_PARALLEL_SYNCS) as pool:
             list(pool.map(lambda file: file.close(), self._files))
