@@ -23,11 +23,18 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "*.model",
+    "*.tiktoken",
+    "tekken.json",
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""What engines read where config.json does not say how the weights are quantized."""
+CODE_FILES = ("**/*.py",)
+"""Of a checkpoint that brings its own model or processor."""
 SELF_DESCRIPTION = ("_name_or_path", "transformers_version")
 """Entries of config.json that say who wrote it, not what it is."""
 
@@ -94,10 +101,15 @@ def teacher_identity(config: TeacherConfig) -> dict[str, str]:
     """Return digests of everything in the checkpoint that decides what the teacher computes."""
     directory = checkpoint_directory(config)
     raw_config = {key: value for key, value in read_config(directory).items() if key not in SELF_DESCRIPTION}
+    optional = {
+        "quantization": _present(directory, QUANTIZATION_FILES),
+        "code": _present(directory, CODE_FILES) if config.trust_remote_code else [],
+    }
     return {
         "dtype": config.dtype,
         "config": hashlib.sha256(json.dumps(raw_config, sort_keys=True).encode()).hexdigest(),
         "weights": digest_files(weight_files(directory)),
+        **{name: digest_files(files) for name, files in optional.items() if files},
     }
 
 
@@ -143,7 +155,8 @@ def _present(directory: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def _download(config: TeacherConfig) -> Path:
-    wanted = [WEIGHT_PATTERN, "*.json", *TOKENIZER_FILES, *TEMPLATE_FILES]
+    code = ["*.py"] if config.trust_remote_code else []
+    wanted = [WEIGHT_PATTERN, "*.json", *TOKENIZER_FILES, *TEMPLATE_FILES, *code]
     try:
         return Path(huggingface_hub.snapshot_download(config.model, revision=config.revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:
