@@ -45,6 +45,15 @@ class ArgumentParser(argparse.ArgumentParser):
         close = difflib.get_close_matches(argument.partition("=")[0], self._option_string_actions, n=1)
         return f"unknown option {argument!r}" + (f", did you mean {close[0]!r}?" if close else "")
 
+    def add_config(self) -> None:
+        """Take a run file; what the parser does not know then overrides its fields."""
+        self.add_argument(
+            "config",
+            metavar="CONFIG",
+            help="run file; --dotted.name VALUE overrides any of its fields; "
+            "`genrecal config show CONFIG --help` lists them",
+        )
+
 
 def cache_parser(command: str, *, description: str, exit_codes: str) -> ArgumentParser:
     """Return the parser of a command about one cache: its URI and --json."""

@@ -26,7 +26,7 @@ def build_parser() -> ArgumentParser:
         description="Run the Ray job that fills the cache of a run file, or what is left of it.",
         exit_codes="0 complete, 3 shards are missing (run it again), 4 the cache that is there holds other content",
     )
-    parser.add_argument("config", metavar="CONFIG", help="run file; --dotted.name VALUE overrides any of its fields")
+    parser.add_config()
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     return parser
 

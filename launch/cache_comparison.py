@@ -59,7 +59,7 @@ def find_parser() -> ArgumentParser:
         exit_codes="0 a complete cache serves the run, 3 one will when it is complete, 4 none does",
     )
     parser.add_argument("folder", metavar="FOLDER", help="local folder that is searched, with the folders below it")
-    parser.add_argument("config", metavar="CONFIG", help="run file; --dotted.name VALUE overrides any of its fields")
+    parser.add_config()
     parser.add_argument("--json", action="store_true", help="print one record per cache as JSON")
     return parser
 

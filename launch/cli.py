@@ -155,7 +155,7 @@ def usage() -> str:
             *lines,
             "",
             "CONFIG is a YAML run file; any of its fields is overridden by --dotted.name VALUE.",
-            "`genrecal COMMAND --help` lists them.",
+            "`genrecal config show CONFIG --help` lists them.",
         ]
     )
 
