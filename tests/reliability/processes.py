@@ -80,3 +80,31 @@ def spread(items: Sequence[T], work: Callable[[T, Path], object]) -> None:
     for process in processes:
         process.join()
     assert not any(found), "\n".join(found)
+
+
+def run_together(acts: Sequence[Callable[[], object]], *, on_failure: Callable[[], object]) -> None:
+    """Act in as many processes at once; the first that fails calls ``on_failure``, so that no other waits for it.
+
+    Raises:
+        AssertionError: one failed.
+    """
+    context = get_context("fork")
+    failures = context.SimpleQueue()
+
+    def labour(act: Callable[[], object]) -> None:
+        gc.freeze()
+        try:
+            act()
+        except BaseException:
+            on_failure()
+            failures.put(traceback.format_exc())
+        else:
+            failures.put("")
+
+    processes: list[Any] = [context.Process(target=labour, args=(act,)) for act in acts]
+    for process in processes:
+        process.start()
+    found = [failures.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert not any(found), "\n".join(found)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from teacher_cache.schema import TeacherHead
 from teacher_cache.snapshot import SNAPSHOTS
 from teacher_cache.storage import open_store
 from teacher_cache.verify import verify_cache
-from tests.reliability.processes import quick_folder
+from tests.reliability.processes import quick_folder, run_together
 from tests.teacher_cache.s3_server import BUCKET, start_s3
 from tests.teacher_cache.store import IDENTITY, assert_same, build, commit, make_head, make_samples, open_builder
 
@@ -79,27 +80,15 @@ def require_one_of_each(uri: str) -> None:
 
 def race_in_processes(act: Callable[[int, int], None], *, builders: int, rounds: int, raced: Sequence[str]) -> None:
     """Let processes act together, round after round; ``act`` takes the round and the builder."""
-    context = get_context("fork")
-    barrier, failures = context.Barrier(builders), context.SimpleQueue()
+    barrier = get_context("fork").Barrier(builders)
 
     def labour(builder: int) -> None:
-        try:
-            with meet_at(lambda: barrier.wait(WAIT_S), *raced):
-                for number in range(rounds):
-                    act(number, builder)
-                    barrier.wait(WAIT_S)
-            failures.put("")
-        except BaseException as error:
-            barrier.abort()
-            failures.put(f"builder {builder}: {type(error).__name__}: {error}")
+        with meet_at(lambda: barrier.wait(WAIT_S), *raced):
+            for number in range(rounds):
+                act(number, builder)
+                barrier.wait(WAIT_S)
 
-    processes: list[Any] = [context.Process(target=labour, args=(builder,)) for builder in range(builders)]
-    for process in processes:
-        process.start()
-    found = [failures.get() for _ in processes]
-    for process in processes:
-        process.join()
-    assert not any(found), "\n".join(found)
+    run_together([partial(labour, builder) for builder in range(builders)], on_failure=barrier.abort)
 
 
 @pytest.mark.parametrize("rounds", [100, pytest.param(1000, marks=pytest.mark.nightly)])
