@@ -199,10 +199,11 @@ def _image_bytes(image: Any, *, image_root: Path) -> bytes:
         raise _bad_row(f"an image is given as {type(image).__name__}; expected a path, bytes or both in a record")
     if "://" in image:
         raise _bad_row(f"image {image!r} is a URL; download the images and give their paths")
-    if "\0" in image:
-        raise _bad_row(f"image {image!r} is no path")
     root = image_root.resolve()
-    path = (root / image).resolve()
+    try:
+        path = (root / image).resolve()
+    except (ValueError, RuntimeError) as error:  # a null character, a link to itself
+        raise _bad_row(f"image {image!r} is no path: {error}") from error
     if not path.is_relative_to(root):
         raise _bad_row(f"image {image!r} lies outside {image_root}; set `data.image_root` to the folder that holds it")
     try:

@@ -195,7 +195,10 @@ def _local_path(uri: str, *, scheme: str | None) -> Path:
         raise ConfigError(f"cache uri {uri!r}: expected a path, file:///path or s3://bucket/prefix")
     if scheme is None:
         return Path(uri)
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise ConfigError(f"cache uri {uri!r}: {error}") from error
     if scheme != "file" or parts.netloc not in ("", "localhost") or "%00" in parts.path:
         raise ConfigError(
             f"cache uri {uri!r}: scheme {scheme!r} is not supported; use a path, file:///path or one of "

@@ -246,6 +246,7 @@ def _extra_files(store: Store, *, known: set[str], undecided: Sequence[str]) -> 
         top, _, rest = entry.name.partition("/")
         attempt = ATTEMPT.fullmatch(rest.partition("/")[0])
         is_undecided = top == SHARDS and attempt is not None and attempt["shard_id"] in undecided
-        if entry.name not in known and top not in (STAGING, CLAIMS) and not is_undecided:
+        is_transient = top in (STAGING, CLAIMS) and rest
+        if entry.name not in known and not is_transient and not is_undecided:
             message = f"{entry.name}: no digest covers this file; remove it, or run `genrecal cache gc`"
             yield Problem(kind="extra", path=entry.name, message=message)
