@@ -187,11 +187,14 @@ def _publish(
     previous = None if latest is None else read_snapshot(store, latest, fingerprint=manifest.fingerprint)
     if previous is not None:
         _require_plans(store, previous, files=files)
-    if store.size(name) == len(index):
+    is_current = previous is not None and previous.files == files
+    if is_current and store.size(name) == len(index):
         store.sync(INDEX)
     elif not store.create(name, index):
-        raise CacheCorrupt(f"{store.uri}/{name} holds other bytes than its name says; remove it")
-    if previous is not None and previous.files == files:
+        store.remove(name)  # its name says what it must hold: it was damaged
+        if not store.create(name, index):
+            raise CacheCorrupt(f"{store.uri}/{name} holds other bytes than its name says; remove it")
+    if is_current:
         return True
     number = 0 if latest is None else latest + 1
     snapshot = Snapshot(

@@ -191,10 +191,10 @@ class InlineExecutor:
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
-    def submit(self, work: Callable[[], Any]) -> "Future[Any]":
+    def submit(self, work: Callable[..., Any], *arguments: object, **options: object) -> "Future[Any]":
         future: Future[Any] = Future()
         try:
-            future.set_result(work())
+            future.set_result(work(*arguments, **options))
         except BaseException as error:
             future.set_exception(error)
         return future

@@ -83,3 +83,17 @@ def test_files_that_are_no_records_are_not_taken_for_records(root: Path, name: s
     (root / "commits" / name).write_text("text")
     assert len(open_cache(str(root), allow_incomplete=True)) == 3
     assert [problem.path for problem in verify_cache(str(root)).problems] == [f"commits/{name}"]
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_snapshot_is_never_made_on_a_damaged_index(tmp_path: Path, length: int) -> None:
+    root = tmp_path / "cache"
+    build(root, SAMPLES[:2], per_shard=1)
+    (index,) = (root / "index").iterdir()
+    (root / "snapshots" / "00000000.json").unlink()
+    if length:
+        flip_bit(index, byte=300, bit=2)
+    else:
+        index.write_bytes(b"")
+    assert repair_cache(str(root)).rewritten
+    require_latest(root, count=2)
