@@ -74,6 +74,8 @@ class LocalWriter:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._path = path
         self._descriptor = os.open(path, flags, mode)
+        if mode & 0o077:
+            os.fchmod(self._descriptor, mode)  # whatever the umask has taken away
         self._written = 0
 
     def write(self, buffers: Sequence[memoryview]) -> None:
