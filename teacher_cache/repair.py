@@ -3,7 +3,6 @@
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from teacher_cache.errors import CacheError
 from teacher_cache.ledger import COMMITS, SHARDS, CommitRecord, highest_revisions, no_rows, record_name
@@ -90,12 +89,12 @@ def _repair(store: Store, manifest: Manifest, problems: Sequence[Problem], *, ur
     ]
     for name in removable:
         store.remove(name)
+    if snapshots:
+        fill_gaps(store, manifest=manifest)
     lost_index = any(problem.path.startswith(f"{INDEX}/") for problem in problems)
     rewritten = bool(snapshots or lost_index) and not damaged
     if rewritten:
         rewritten = CacheWriter(uri=uri, fingerprint=manifest.fingerprint).complete()
-    if rewritten:
-        fill_gaps(store, sorted(int(PurePosixPath(name).stem) for name in snapshots), manifest=manifest)
     return RepairReport(
         uri=uri,
         withdrawn_shards=tuple(damaged),

@@ -5,7 +5,7 @@ removal of a tier makes the next one.
 """
 
 import logging
-from collections.abc import Iterable
+import re
 from typing import Final
 
 from pydantic import JsonValue
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SNAPSHOTS: Final = "snapshots"
 INDEX: Final = "index"
+_NAME = re.compile(rf"{SNAPSHOTS}/([0-9]{{8}})\.json")
 
 
 class Snapshot(StoredModel):
@@ -139,19 +140,21 @@ def publish_snapshot(store: Store, *, manifest: Manifest) -> list[CommitRecord] 
         ) from error
 
 
-def fill_gaps(store: Store, numbers: Iterable[int], *, manifest: Manifest) -> None:
-    """Give the numbers of lost snapshots the latest state: numbers have no gaps, and a lost state is not told again.
+def fill_gaps(store: Store, *, manifest: Manifest) -> None:
+    """Give the numbers of lost snapshots the highest one's state: numbers have no gaps, and nobody reads the lost ones.
 
     Raises:
         CacheError: the store refused a step.
     """
-    latest = latest_snapshot(store)
-    last = max((entry.name for entry in store.list(SNAPSHOTS)), default="")
-    for number in numbers:
-        if latest is not None and snapshot_name(number) < last and store.size(snapshot_name(number)) is None:
-            state = read_snapshot(store, latest, fingerprint=manifest.fingerprint)
-            data = encode_document(state.model_copy(update={"number": number}).model_dump(mode="json"))
-            store.create(snapshot_name(number), data)
+    names = {entry.name for entry in store.list(SNAPSHOTS)}
+    numbers = [int(match[1]) for name in names if (match := _NAME.fullmatch(name))]
+    if not numbers:
+        return
+    highest = read_snapshot(store, max(numbers), fingerprint=manifest.fingerprint)
+    for number in range(highest.number):
+        if snapshot_name(number) not in names:
+            state = highest.model_copy(update={"number": number})
+            store.create(snapshot_name(number), encode_document(state.model_dump(mode="json")))
 
 
 def is_published(

@@ -9,7 +9,7 @@ from teacher_cache.errors import CacheCorrupt, CacheError
 from teacher_cache.gc import collect_garbage
 from teacher_cache.repair import repair_cache
 from teacher_cache.verify import verify_cache
-from tests.teacher_cache.store import assert_same, build, flip_bit, make_samples
+from tests.teacher_cache.store import assert_same, build, flip_bit, make_samples, open_builder
 
 SAMPLES = make_samples(4)
 
@@ -97,3 +97,14 @@ def test_a_snapshot_is_never_made_on_a_damaged_index(tmp_path: Path, length: int
         index.write_bytes(b"")
     assert repair_cache(str(root)).rewritten
     require_latest(root, count=2)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_repair_closes_a_gap_while_an_extension_is_under_way(root: Path, lost: int) -> None:
+    open_builder(root, SAMPLES, per_shard=1, extend=True)
+    flip_bit(root / "snapshots" / f"{lost:08}.json", byte=40, bit=1)
+    repair_cache(str(root))
+    assert verify_cache(str(root)).ok
+    require_latest(root, count=3)
+    build(root, SAMPLES, per_shard=1)
+    require_latest(root, count=4)
