@@ -34,6 +34,11 @@ COMMANDS = {
         arguments="CONFIG",
         help="cache, train, evaluate and report every student; skips what is complete",
     ),
+    "cache plan": Command(
+        target="launch.plan:plan_command",
+        arguments="CONFIG",
+        help="tokens, bytes, shards, GPU-hours and break-even; runs nothing",
+    ),
     "cache build": Command(
         target="launch.cache_commands:build_command",
         arguments="CONFIG",

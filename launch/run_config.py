@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from distill.config import StudentConfig, TrainConfig
+from launch.plan_config import PlanConfig
 from teacher_cache.config import CacheConfig, StrictConfig
 from teacher_cache.errors import ConfigError
 
@@ -47,6 +48,8 @@ class RunConfig(StrictConfig):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig | None = None
     """Held-out scoring at the end of a run; none by default."""
+    plan: PlanConfig = PlanConfig()
+    """Statistics and assumptions of `genrecal cache plan`."""
 
     @model_validator(mode="after")
     def _unique_students(self) -> "RunConfig":
