@@ -39,8 +39,8 @@ def as_record(plan: CachePlan) -> dict[str, Any]:
         "flops_per_token": speed.flops_per_token,
         "tokens_per_s_per_replica": speed.tokens_per_s_per_replica,
         "gpus": speed.gpus_per_replica * speed.replicas,
-        "gpu_hours": speed.gpu_rounded(counts.tokens),
-        "wall_hours": speed.wall_rounded(counts.tokens),
+        "gpu_hours": speed.gpu_hours(counts.tokens),
+        "wall_hours": speed.wall_hours(counts.tokens),
         "reading": [dataclasses.asdict(reading) for reading in plan.readings],
         "cache_gpu_hours": pays.cache_gpu_hours,
         "live_gpu_hours_per_student": pays.live_gpu_hours_per_student,
@@ -125,7 +125,7 @@ def _cost_facts(plan: CachePlan) -> dict[str, str | Sequence[str]]:
     parameters = "" if plan.teacher.parameters is None else f"{plan.teacher.parameters:,} parameters{work}, "
     return {
         "teacher": f"{parameters}{_rounded(speed.tokens_per_s_per_replica)} tokens/s per replica",
-        "build": f"{_rounded(speed.gpu_rounded(tokens))} GPU-hours: {_rounded(speed.wall_rounded(tokens))} hours on "
+        "build": f"{_rounded(speed.gpu_hours(tokens))} GPU-hours: {_rounded(speed.wall_hours(tokens))} hours on "
         f"{count_of(gpus, 'GPU')}",
         "reading": [_reading(reading) for reading in plan.readings],
         "per student": f"{_rounded(pays.live_gpu_hours_per_student)} GPU-hours with a live teacher, "
