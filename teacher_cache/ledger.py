@@ -188,6 +188,11 @@ def record_name(shard_id: str, revision: int) -> str:
     return f"{COMMITS}/{shard_id}.{revision}.json"
 
 
+def record_limit_bytes(shard: PlannedShard) -> int:
+    """Return how long the commit record of a shard may be."""
+    return min(_RECORD_BYTES + len(shard.sample_ids) * _SAMPLE_BYTES, DOCUMENT_LIMIT_BYTES)
+
+
 def standing_revisions(store: Store) -> dict[str, int]:
     """Return the highest revision of each shard that has commit records.
 
@@ -235,8 +240,7 @@ def read_record(
         CacheCorrupt: it differs from what was written, or belongs to another cache or plan.
     """
     name = record_name(shard.shard_id, revision)
-    limit_bytes = min(_RECORD_BYTES + len(shard.sample_ids) * _SAMPLE_BYTES, DOCUMENT_LIMIT_BYTES)
-    data = read_document(store, name, where=f"shard {shard.shard_id}", limit_bytes=limit_bytes)
+    data = read_document(store, name, where=f"shard {shard.shard_id}", limit_bytes=record_limit_bytes(shard))
     where = f"shard {shard.shard_id}: {store.uri}/{name}"
     record = decode_record(data, where=where)
     if (record.shard_id, record.revision, record.fingerprint) != (shard.shard_id, revision, fingerprint):

@@ -16,7 +16,15 @@ from teacher_cache.codec import Layout, axis_lengths, encode_targets, layout_of
 from teacher_cache.documents import plain_json
 from teacher_cache.durable_files import FileDigest
 from teacher_cache.errors import CacheError, CacheMismatch, TeacherError
-from teacher_cache.ledger import COMMITS, SHARDS, CommitRecord, SampleRows, no_rows, record_name
+from teacher_cache.ledger import (
+    COMMITS,
+    SHARDS,
+    CommitRecord,
+    SampleRows,
+    no_rows,
+    record_limit_bytes,
+    record_name,
+)
 from teacher_cache.plan import PlannedShard
 from teacher_cache.row_codec import QuantizationCost, quantization_cost
 from teacher_cache.schema import SkippedSample, TeacherTargets
@@ -107,7 +115,13 @@ class ShardAttempt:
                 codec_cost=self._codec_cost(),
                 provenance=plain_json(provenance),
             )
-            won = self._writer.store.create(record.name, record.encode())
+            data = record.encode()
+            if len(data) > record_limit_bytes(self.shard):
+                raise CacheError(
+                    f"shard {self.shard.shard_id}: its commit record has {len(data)} bytes, at most "
+                    f"{record_limit_bytes(self.shard)} are read; its samples have too many turns or too long messages"
+                )
+            won = self._writer.store.create(record.name, data)
             # where a repair has removed a damaged record of this revision, a later one stands
             self._committed = won and self._writer.store.size(record_name(record.shard_id, record.revision + 1)) is None
         except OSError as error:

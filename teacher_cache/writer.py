@@ -15,6 +15,7 @@ from teacher_cache.errors import CacheError, CacheMismatch, CacheNotFound, Confi
 from teacher_cache.gc import LEFTOVERS, find_leftovers, sweep
 from teacher_cache.ledger import COMMITS, CommitRecord, read_record, standing_revisions
 from teacher_cache.manifest import (
+    LIMIT_BYTES,
     MANIFEST,
     HeadEntry,
     Manifest,
@@ -246,7 +247,10 @@ def _create(
         teacher_head=None if head is None else _store_head(store, head),
         provenance=provenance,
     )
-    store.create(MANIFEST, manifest.encode())
+    data = manifest.encode()
+    if len(data) > LIMIT_BYTES:
+        raise ConfigError(f"the manifest of {store.uri} would have {len(data)} bytes, at most {LIMIT_BYTES} are read")
+    store.create(MANIFEST, data)
     standing = read_manifest(store)
     if standing.plan != manifest.plan:  # another builder was first
         store.remove(manifest.plan.file)
