@@ -1,10 +1,7 @@
 """Caches that an attacker has written: every digest fits, so only the structure can tell."""
 
-import base64
-import itertools
 import json
 import os
-import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +13,12 @@ from crc32c import crc32c
 from tests.teacher_cache.assault import Attack
 from tests.teacher_cache.forge import (
     Body,
-    body_of,
-    digest_of_file,
     forge,
     forge_file,
     forge_index,
     forge_text,
     only,
     safetensors_file,
-    seal,
-    text_of,
 )
 
 HUGE = (0, -1, 10**9, 10**13, 2**63 - 1, 2**64, float("nan"), float("inf"), 8.5, "8", None, [8], True)
@@ -257,142 +250,4 @@ HEADERS: dict[str, Attack] = {
     f"{name} in {pattern}": lambda root, pattern=pattern, data=data: forge_file(root, pattern, lambda _: data)
     for pattern in ("index/*", "teacher_head*")
     for name, data in _HEADERS.items()
-}
-
-
-class Payload:
-    """Leaves a mark beside the cache when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self._mark = mark
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (f"touch {self._mark}",)
-
-
-def pickled(pattern: str) -> Attack:
-    """Put a pickle in the place of a file."""
-    return lambda root: forge_file(root, pattern, lambda _: pickle.dumps(Payload(root.parent / "outside" / "canary")))
-
-
-def numpy_pickled(pattern: str) -> Attack:
-    """Put an array of objects in the place of a file."""
-
-    def attack(root: Path) -> None:
-        path = root.parent / "payload.npy"
-        np.save(path, np.array([Payload(root.parent / "outside" / "canary")], dtype=object), allow_pickle=True)
-        forge_file(root, pattern, lambda _: path.read_bytes())
-
-    return attack
-
-
-def torch_pickled(pattern: str) -> Attack:
-    """Put a checkpoint of torch in the place of a file."""
-
-    def attack(root: Path) -> None:
-        import torch
-
-        path = root.parent / "payload.pt"
-        torch.save({"weight": Payload(root.parent / "outside" / "canary")}, path)
-        forge_file(root, pattern, lambda _: path.read_bytes())
-
-    return attack
-
-
-_STORED = (
-    "index/*",
-    "teacher_head*",
-    "shards/*/hidden_states/c.0.0",
-    "shards/*/zarr.json",
-    "shards/*/token_ids/zarr.json",
-)
-CODE: dict[str, Attack] = {
-    **{f"a pickle as {pattern}": pickled(pattern) for pattern in _STORED},
-    **{f"an array of objects as {pattern}": numpy_pickled(pattern) for pattern in _STORED},
-    **{f"a checkpoint as {pattern}": torch_pickled(pattern) for pattern in _STORED},
-    **{
-        f"dtype {value!r}": in_index("layout.dtype", value) for value in ("object", "|O", "float64", "O8", "datetime64")
-    },
-    **{
-        f"codec {value!r}": in_index("layout.codec", value)
-        for value in ("pickle", "vlen-utf8", "int8", "os.system", "")
-    },
-    **{f"compression {value!r}": in_index("layout.compression", value) for value in ("gzip", "pickle", "lz4", None, 1)},
-    **{f"record dtype {value!r}": in_document("commits/*", "layout.dtype", value) for value in ("object", "|O")},
-    **{f"manifest codec {value!r}": in_document("CACHE.json", "codec", value) for value in ("pickle", "eval")},
-    "an unknown tier": in_index("tiers", ["A", "Q", "L", "pickle"]),
-    "an unknown key": in_index("filters", [{"id": "pickle"}]),
-    "an unknown key in a record": in_document("commits/*", "filters", [{"id": "pickle"}]),
-}
-
-
-def flip(pattern: str) -> Attack:
-    """Flip a bit in the middle of a file."""
-
-    def change(data: bytes) -> bytes:
-        middle = len(data) // 2
-        return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-
-    return lambda root: forge_file(root, pattern, change)
-
-
-def later_record(root: Path) -> None:
-    """Change rows, and put a later record beside the one that the snapshot vouches for."""
-    record = only(root, "commits/*")
-    body = body_of(root / record)
-    rows = root / only(root, "shards/*/hidden_states/c.0.0")
-    data = bytearray(rows.read_bytes())
-    data[0] ^= 1
-    rows.write_bytes(data)
-    body["files"]["hidden_states/c.0.0"] = digest_of_file(bytes(data))
-    body["revision"] = 1
-    (root / record.replace(".0.json", ".1.json")).write_bytes(seal(text_of(body)))
-
-
-def later_snapshot(root: Path) -> None:
-    """Put a snapshot after the latest one."""
-    body = body_of(root / only(root, "snapshots/*"))
-    body["number"] = 1
-    (root / "snapshots" / "00000001.json").write_bytes(seal(text_of(body)))
-
-
-def later_plan(root: Path) -> None:
-    """Plan another shard."""
-    first = root / only(root, "plans/*")
-    body = {
-        "previous": digest_of_file(first.read_bytes())["blake3"],
-        "shards": [{"shard_id": "late", "sample_ids": ["late"]}],
-        "sample_digests": base64.b64encode(bytes(32)).decode(),
-    }
-    (root / "plans" / "000001.json").write_bytes(seal(text_of(body)))
-
-
-def swapped_ids(root: Path) -> None:
-    """Give the targets of one sample out as those of another."""
-
-    def change(columns: dict[str, np.ndarray], _: list[Body]) -> None:
-        columns["key_order"] = columns["key_order"][::-1].copy()
-        columns["keys"] = columns["keys"].copy()
-        ids = [columns["id_bytes"][start:stop] for start, stop in itertools.pairwise(columns["id_offsets"])]
-        columns["id_bytes"] = np.concatenate(ids[::-1])
-
-    forge_index(root, change)
-
-
-TAMPERING: dict[str, Attack] = {
-    **{
-        f"another bit in {pattern}": flip(pattern)
-        for pattern in ("teacher_head*", "index/*", "shards/*/*/c.*", "shards/*/zarr.json", "shards/*/*/zarr.json")
-    },
-    "another provenance": in_document("CACHE.json", "provenance", {"release": "9.9.9"}),
-    "another provenance of a shard": in_document("commits/*", "provenance", {"engine": "mine"}),
-    "another digest of a sample": in_document("plans/*", "sample_digests", lambda text: text[:40] + "A" + text[41:]),
-    "another digest of a sample in the index": in_column("digests", lambda column: column ^ 1),
-    "another checksum": in_column("crc32c", lambda column: column ^ 1),
-    "another data digest": in_document("snapshots/*", "data.digest", "0" * 64),
-    "another reason of a skip": in_index("skipped", [{"sample_id": "x", "reason": "bad-row", "message": "m"}]),
-    "swapped ids": swapped_ids,
-    "a later record": later_record,
-    "a later snapshot": later_snapshot,
-    "a later plan": later_plan,
 }

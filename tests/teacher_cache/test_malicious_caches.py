@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.errors import CacheError
+from teacher_cache.errors import CacheError, ConfigError
+from teacher_cache.schema import SkippedSample
 from teacher_cache.verify import snapshot_digest, verify_cache
 from tests.reliability.processes import quick_folder
 from tests.teacher_cache.assault import CPU_LIMIT_S, MEMORY_LIMIT_BYTES, Attack, assault
-from tests.teacher_cache.attacks import CODE, COMPRESSED, HEADERS, SHAPES, TAMPERING, TEXTS
-from tests.teacher_cache.store import build, make_samples
+from tests.teacher_cache.attacks import COMPRESSED, HEADERS, SHAPES, TEXTS
+from tests.teacher_cache.payloads import CODE
+from tests.teacher_cache.store import build, make_samples, open_builder
+from tests.teacher_cache.tampering import TAMPERING
 
 SAMPLES = {sample.sample_id: sample for sample in make_samples(2)}
 SOURCES = ("teacher_cache", "recalibrator", "distill", "launch")
@@ -147,3 +150,16 @@ def passes(root: Path, *, trusted: str | None) -> bool:
         return verify_cache(str(root), trusted_digest=trusted).ok
     except CacheError:
         return False
+
+
+def test_nothing_is_committed_that_no_reader_would_take(tmp_path: Path) -> None:
+    (sample,) = make_samples(1)
+    with pytest.raises(ConfigError, match=r"the manifest of .* at most 16777216 are read"):
+        open_builder(tmp_path / "cache", [sample], provenance={"text": "x" * 2**24})
+    writer = open_builder(tmp_path / "cache", [sample])
+    skipped = [SkippedSample(sample_id=sample.sample_id, reason="too-long", message="m" * 2**23)]
+    with pytest.raises(CacheError, match=r"shard 00000: its commit record has .* at most 4259840 are read"):
+        writer.commit_shard("00000", [], sample_digests={}, skipped=skipped, provenance={})
+    assert len(writer.missing_shards()) == 1
+    build(tmp_path / "cache", [sample])
+    assert verify_cache(str(tmp_path / "cache")).ok
