@@ -1,17 +1,19 @@
 """Status of a cache, and what two caches have in common."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from teacher_cache.errors import CacheError, CacheNotFound, FormatUnsupported
-from teacher_cache.ledger import read_standing
-from teacher_cache.manifest import MANIFEST, identity_differences, read_manifest
-from teacher_cache.plan import read_plan
-from teacher_cache.sample_index import tier_bytes
+from teacher_cache.ledger import read_standing, standing_revisions
+from teacher_cache.manifest import MANIFEST, Manifest, identity_differences, read_manifest
+from teacher_cache.plan import Plan, read_plan
+from teacher_cache.sample_index import SampleIndex, tier_bytes
 from teacher_cache.schema import TIERS
-from teacher_cache.snapshot import is_published, latest_snapshot
-from teacher_cache.storage import open_store
+from teacher_cache.snapshot import is_published, latest_snapshot, map_index, read_snapshot
+from teacher_cache.storage import Store, open_store
 
 _NAMED = 20
 
@@ -145,12 +147,30 @@ def find_caches(folder: Path, *, identity: dict[str, Any], digests: dict[str, st
         digests: SHA-256 of each sample of the run by id.
     """
     found = []
-    for path in sorted(folder.rglob(MANIFEST)):
+    for uri in _cache_folders(folder):
         try:
-            found.append(_serves(str(path.parent), identity=identity, digests=digests))
+            found.append(_serves(uri, identity=identity, digests=digests))
         except (CacheNotFound, FormatUnsupported, CacheError) as error:
-            found.append(_unusable(str(path.parent), str(error)))
+            found.append(_unusable(uri, str(error)))
     return sorted(found, key=lambda cache: (not cache.serves, len(cache.differences), not cache.complete, cache.uri))
+
+
+def _cache_folders(folder: Path) -> Iterator[str]:
+    for parent, folders, files in os.walk(folder):
+        if MANIFEST in files:
+            folders.clear()  # there are no caches within a cache, but very many folders
+            yield parent
+
+
+def _published_index(store: Store, *, manifest: Manifest, plan: Plan) -> SampleIndex | None:
+    """Return the index of the latest snapshot if it is of what is committed now; reads no commit record."""
+    latest = latest_snapshot(store)
+    if latest is None:
+        return None
+    index = map_index(store, read_snapshot(store, latest, fingerprint=manifest.fingerprint))
+    standing = standing_revisions(store)
+    committed = {shard.shard_id: standing.get(shard.shard_id) for shard in plan.shards}
+    return index if {entry.shard_id: entry.revision for entry in index.shards} == committed else None
 
 
 def _serves(uri: str, *, identity: dict[str, Any], digests: dict[str, str]) -> FoundCache:
@@ -161,15 +181,15 @@ def _serves(uri: str, *, identity: dict[str, Any], digests: dict[str, str]) -> F
     planned = plan.digests()
     changed = sum(planned.get(sample_id, digest) != digest for sample_id, digest in digests.items())
     missing = sum(sample_id not in planned for sample_id in digests)
-    status = cache_status(uri)
+    index = _published_index(store, manifest=manifest, plan=plan)
     return FoundCache(
         uri=uri,
         serves=not (differences or missing or changed),
-        complete=status.complete and status.published,
+        complete=index is not None,
         samples=len(planned),
         missing_samples=missing,
         changed_samples=changed,
-        tier_bytes=status.tier_bytes,
+        tier_bytes=cache_status(uri).tier_bytes if index is None else index.tier_bytes(),
         differences=tuple(differences),
     )
 

@@ -185,11 +185,7 @@ class TeacherCache:
 
     def tier_bytes(self) -> dict[str, int]:
         """Return the stored bytes per tier: A, Q and L."""
-        totals: dict[str, int] = dict.fromkeys(TIERS, 0)
-        for shard in self._index.shards:
-            for tier, size in shard.tier_bytes.items():
-                totals[tier] += size
-        return totals
+        return self._index.tier_bytes()
 
     def teacher_head(self) -> TeacherHead:
         """Return the teacher's output projection, after checking its digest.

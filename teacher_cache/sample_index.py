@@ -30,7 +30,7 @@ from teacher_cache.ledger import (
 )
 from teacher_cache.manifest import StoredModel
 from teacher_cache.plan import SHARD_ID
-from teacher_cache.schema import SkippedSample, Tier
+from teacher_cache.schema import TIERS, SkippedSample, Tier
 
 _SHARD_TABLES = 256
 _MOST_ROWS = 2**40
@@ -210,6 +210,14 @@ class SampleIndex:
     def digest(self, position: int) -> str:
         """Return the SHA-256 (hex) of a sample's content."""
         return self._columns.digests[position].tobytes().hex()
+
+    def tier_bytes(self) -> dict[str, int]:
+        """Return the stored bytes per tier: A, Q and L."""
+        totals: dict[str, int] = dict.fromkeys(TIERS, 0)
+        for shard in self.shards:
+            for tier, size in shard.tier_bytes.items():
+                totals[tier] += size
+        return totals
 
     def counts(self, position: int) -> list[int]:
         """Return a sample's counts, as ``ledger.COUNTS`` names them."""
