@@ -13,7 +13,7 @@ from teacher_cache.documents import plain_json
 from teacher_cache.durable_files import digest_bytes
 from teacher_cache.errors import CacheError, CacheMismatch, CacheNotFound, ConfigError
 from teacher_cache.gc import LEFTOVERS, find_leftovers, sweep
-from teacher_cache.ledger import COMMITS, CommitRecord, read_record, standing_revisions
+from teacher_cache.ledger import COMMITS, CommitRecord, read_record, read_standing, standing_revisions
 from teacher_cache.manifest import (
     LIMIT_BYTES,
     MANIFEST,
@@ -96,11 +96,10 @@ class CacheWriter:
     def missing_shards(self) -> list[PlannedShard]:
         """Return the planned shards that are not committed, in planned order."""
         standing = standing_revisions(self.store)
-        withdrawn = {
-            shard.shard_id
-            for shard in self.plan.shards
-            if standing.get(shard.shard_id, 0) > 0 and self._record(shard, standing).withdrawn is not None
-        }
+        # only a later revision may withdraw a shard
+        later = Plan(shards=tuple(s for s in self.plan.shards if standing.get(s.shard_id, 0) > 0), generations=())
+        records = read_standing(self.store, later, fingerprint=self.fingerprint) if later.shards else {}
+        withdrawn = {shard_id for shard_id, (record, _) in records.items() if record.withdrawn is not None}
         done = standing.keys() - withdrawn
         return [shard for shard in self.plan.shards if shard.shard_id not in done]
 
