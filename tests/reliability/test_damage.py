@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from teacher_cache import TeacherCache, open_cache
+from teacher_cache.codec import stored_fields
 from teacher_cache.errors import CacheError
 from teacher_cache.ledger import read_standing
 from teacher_cache.manifest import read_manifest
 from teacher_cache.plan import read_plan
+from teacher_cache.schema import TIERS, Tier
 from teacher_cache.shard_checks import check_file, check_shard
 from teacher_cache.snapshot import map_index, read_snapshot
 from teacher_cache.storage import open_store
@@ -26,6 +28,8 @@ from tests.teacher_cache.store import assert_same, build, make_samples
 SAMPLES = make_samples(2)
 KINDS: dict[str, dict[str, Any]] = {"raw": {}, "zstd": {"compression": "zstd"}, "fp8": {"codec": "fp8"}}
 LEAST_FLIPS = 15_000
+READ_TIERS: dict[Tier, tuple[Tier, ...]] = {"A": (), "Q": ("Q",), "L": ("L",)}
+"""What is read to read the arrays of a tier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +68,13 @@ class IntactCache:
         self._reader = open_cache(self.uri)
         self._is_compressed = options.get("compression", "none") != "none"
         self.told, self.head = told_by(self._reader), self._reader.teacher_head()
-        self.samples = self._reader.read(self._reader.sample_ids)
+        assert self.record.layout is not None
+        self.fields = stored_fields(self.record.layout)
+        self.samples = {
+            tiers: self._reader.read(self._reader.sample_ids, tiers=tiers) for tiers in [*READ_TIERS.values(), TIERS]
+        }
         if self.manifest.codec == "exact":
-            for found, sample in zip(self.samples, SAMPLES, strict=True):
+            for found, sample in zip(self.samples[TIERS], SAMPLES, strict=True):
                 assert_same(found, sample)
 
     def verify(self, name: str) -> list[str]:
@@ -98,9 +106,11 @@ class IntactCache:
         messages: list[str] = []
         with refusals(messages):
             if name.startswith("shards/"):
-                if "/c." in name and "/offsets/" not in name and "/spans/" not in name:
+                array = name.split("/")[2]
+                if "/c." in name and array in self.fields:
                     # what a reader knows of a compressed array it has read once
-                    messages += self._read_samples(self._fresh() if self._is_compressed else self._reader)
+                    cache = self._fresh() if self._is_compressed else self._reader
+                    messages += self._read_samples(cache, READ_TIERS[self.fields[array].tier])
             elif name.startswith("teacher_head"):
                 self._require_head(self._fresh())
             elif name.startswith("commits/"):
@@ -116,7 +126,7 @@ class IntactCache:
         for allow_incomplete in (False, True):
             with refusals(messages):
                 cache = open_cache(self.uri, allow_incomplete=allow_incomplete)
-                messages += self._read_samples(cache)
+                messages += self._read_samples(cache, TIERS)
                 with refusals(messages):
                     self._require_told(cache)
                 with refusals(messages):
@@ -126,12 +136,12 @@ class IntactCache:
     def _fresh(self) -> TeacherCache:
         return TeacherCache(self.store, manifest=self.manifest, data=self.snapshot.data, index=self.index, snapshot=0)
 
-    def _read_samples(self, cache: TeacherCache) -> list[str]:
+    def _read_samples(self, cache: TeacherCache, tiers: tuple[Tier, ...]) -> list[str]:
         messages: list[str] = []
-        for sample in self.samples:
+        for sample in self.samples[tiers]:
             refused: list[str] = []
             with refusals(refused):
-                assert_same(cache.read([sample.sample_id])[0], sample)
+                assert_same(cache.read([sample.sample_id], tiers=tiers)[0], sample)
             assert all(f"shard {self.record.shard_id}, sample {sample.sample_id!r}" in message for message in refused)
             messages += refused
         return messages
