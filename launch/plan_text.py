@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from launch.cache_plan import CachePlan, Storage
 from launch.console import count_of, first_of, format_bytes, print_facts, print_table
-from launch.plan import CachePlan, Storage
 from launch.plan_cost import FLOPS_PER_PARAMETER, StageReading
 from teacher_cache.cache_size import ZSTD_RATIOS
 from teacher_cache.schema import TIERS
