@@ -126,7 +126,7 @@ def test_a_store_takes_plain_names_alone(place: Path, scheme: str) -> None:
                     calls += 1
     assert not watch.strange
     assert not list((place / "inside").iterdir())
-    print(f"S1: names: {calls} of {calls} calls of a {'local' if not scheme else 'object'} store refused")
+    print(f"S1: names: {calls} of {calls} calls of {'an object' if scheme else 'a local'} store refused")
 
 
 def test_a_store_removes_nothing_outside(place: Path) -> None:
