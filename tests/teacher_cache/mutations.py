@@ -13,6 +13,7 @@ from tests.teacher_cache.forge import Body, forge, forge_index
 
 DOCUMENTS = ("CACHE.json", "plans/*", "commits/*", "snapshots/*")
 COLUMNS = ("id_bytes", "id_offsets", "digests", "counts", "spans", "crc32c", "keys", "key_order")
+KINDS = ("document", "document", "document", "table", "entries", "column", "column", "column")
 DTYPES = ("<i4", "<u4", "<i8", "<u8", "<f4", "<f8", "u1", "i1", "<i2", "?")
 
 _NUMBERS = (
@@ -67,7 +68,7 @@ Mutation = Callable[[Path], None]
 @st.composite
 def mutations(draw: st.DrawFn) -> Mutation:
     """Draw a change of one document, of one column of the index, or of the index's entries of shards."""
-    kind = draw(st.sampled_from(("document", "document", "document", "table", "entries", "column")))
+    kind = draw(st.sampled_from(KINDS))
     if kind == "document":
         return _of_document(draw(st.sampled_from(DOCUMENTS)), _edits(draw))
     if kind == "table":
@@ -76,7 +77,7 @@ def mutations(draw: st.DrawFn) -> Mutation:
         edits = _edits(draw)
         return lambda root: forge_index(root, lambda _, entries: [edit(entries) for edit in edits])
     column, numbers, resize = draw(st.sampled_from(COLUMNS)), _numbers(draw), draw(_RESIZES)
-    dtype = draw(st.sampled_from((None, None, None, *DTYPES)))
+    dtype = draw(st.sampled_from((*[None] * 10, *DTYPES)))
     return lambda root: forge_index(
         root, lambda columns, _: columns.update({column: _changed(columns[column], numbers, resize, dtype=dtype)})
     )
@@ -90,7 +91,7 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from leaves(item, (*path, key))
 
 
-_RESIZES = st.sampled_from((None, None, None, "drop", "double", "empty", "flat", "transpose"))
+_RESIZES = st.sampled_from((None, None, None, None, None, None, "drop", "double", "empty", "flat", "transpose"))
 _Edit = Callable[[Any], None]
 
 
