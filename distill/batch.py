@@ -193,8 +193,16 @@ def _model_inputs(samples: Sequence[JoinedSample], lengths: Sequence[int]) -> di
             rows = [_token_types(s, name)[:length] for s, length in zip(samples, lengths, strict=True)]
             inputs[name] = pad_sequence(rows, batch_first=True)
         else:
-            inputs[name] = torch.cat([s.encoded.model_inputs[name] for s in samples if name in s.encoded.model_inputs])
+            having = [s.encoded.model_inputs for s in samples if name in s.encoded.model_inputs]
+            inputs[name] = _join_images([model_inputs[name] for model_inputs in having])
     return inputs
+
+
+def _join_images(parts: Sequence[Tensor]) -> Tensor:
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat([*parts])
+    # tiles per image, which processors pad to the most within one call
+    return pad_sequence([image for part in parts for image in part], batch_first=True)
 
 
 def _token_types(sample: JoinedSample, name: str) -> Int[Tensor, " tokens"]:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from teacher_cache.errors import ConfigError
+from teacher_cache.teacher_checkpoint import attention_options
 
 Part = Literal["vision_encoder", "projector", "body", "embeddings", "head"]
 
@@ -21,7 +22,9 @@ class LogitOptions(TypedDict):
     logit_softcap: float | None
 
 
-PROJECTOR = re.compile(r"merger|projector|connector|aligner|resampler|mlp1|embed_vision|modality_projection")
+PROJECTOR = re.compile(
+    r"merger|projector|connector|aligner|resampler|mlp1|embed_vision|modality_projection|image_newline"
+)
 
 
 def resolve_model(model: str, *, revision: str | None = None) -> Path:
@@ -43,6 +46,7 @@ def load_student(path: Path, *, dtype: str, trust_remote_code: bool = False) -> 
     with_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto = transformers.AutoModelForImageTextToText if with_images else transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    options |= attention_options(config)
     loaded: Any = auto.from_pretrained(path, dtype=getattr(torch, dtype), **options)
     model, report = loaded
     absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]))
