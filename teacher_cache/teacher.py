@@ -22,6 +22,7 @@ from teacher_cache.schema import (
     tier_a_rows,
 )
 from teacher_cache.teacher_checkpoint import (
+    attention_options,
     checkpoint_directory,
     load_teacher_head,
     processing_identity,
@@ -86,6 +87,7 @@ class TransformersTeacher:
         )
         self.dtype = torch_dtype(config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        options |= attention_options(model_config)
         model, loading = auto.from_pretrained(directory, dtype=self.dtype, output_loading_info=True, **options)
         if missing := sorted(loading["missing_keys"]):
             raise TeacherError(f"the weights in {directory} lack {len(missing)} tensor(s): {', '.join(missing[:5])}")

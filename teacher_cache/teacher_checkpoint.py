@@ -68,6 +68,15 @@ def torch_dtype(config: TeacherConfig) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
+def attention_options(model_config: transformers.PreTrainedConfig) -> dict[str, str]:
+    """Return the loading options that keep a model's attention as it was trained.
+
+    The fused kernels of transformers leave a soft-cap on attention scores out without a word.
+    """
+    capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return {"attn_implementation": "eager"} if capped else {}
+
+
 def load_teacher_head(config: TeacherConfig) -> TeacherHead:
     """Read the output projection (the tied embedding where there is no lm_head) in the teacher's dtype.
 
