@@ -24,6 +24,16 @@ def register() -> None:
             MODELS_CONFIG_MAP[twin] = MODELS_CONFIG_MAP[architecture]
 
 
+def register_class(architecture: str) -> None:
+    """Register one twin as a class, which vLLM inspects in this process; for a name it starts another one, slowly."""
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # would put the name back if it came later
+    if architecture in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(PREFIX + architecture, teacher_class(architecture))
+
+
 @cache
 def teacher_class(architecture: str) -> type:
     """Return the twin of one of vLLM's model classes: it keeps its output head and pools targets."""

@@ -18,7 +18,7 @@ from teacher_cache.errors import SampleError, TeacherError
 from teacher_cache.schema import EncodedConversation, TeacherTargets, predicting_rows
 from teacher_cache.teacher import check_topk, make_targets
 from teacher_cache.teacher_checkpoint import checkpoint_directory, read_config, torch_dtype
-from teacher_cache.vllm_plugin import PREFIX
+from teacher_cache.vllm_plugin import PREFIX, register_class
 
 CPU_KV_CACHE_GIB = 0.25
 """Key-value cache on a CPU unless the config says otherwise: vLLM would take a fraction of all memory."""
@@ -56,6 +56,8 @@ class VllmTeacher:
         _prepare_process(config.model, on_cuda=on_cuda, log_file=log_file)
         import vllm
 
+        if not on_cuda:
+            register_class(read_config(directory)["architectures"][0])
         self.dtype = torch_dtype(config)
         self.provenance = {"engine": "vllm", "engine_version": vllm.__version__}
         text_config = transformers.AutoConfig.from_pretrained(

@@ -12,6 +12,7 @@ from teacher_cache.config import BuildConfig, Dtype, TeacherConfig
 from teacher_cache.errors import SampleError, TeacherError
 from teacher_cache.schema import EncodedConversation, TeacherTargets
 from teacher_cache.teacher import TransformersTeacher, check_head_agrees, load_teacher_head
+from teacher_cache.vllm_plugin import PREFIX, register_class
 from teacher_cache.vllm_teacher import VllmTeacher
 from tests.teacher_cache.conversations import MAX_LENGTH, encode_all, encode_digits, text_samples
 
@@ -115,6 +116,20 @@ def test_bfloat16_rows_keep_their_type(tiny_qwen2_vl: Path, digit_samples: Path)
     conversations = encode_digits(tiny_qwen2_vl, digit_samples)
     assert_agrees(teacher, conversations, model=tiny_qwen2_vl, dtype="bfloat16", tolerance=BFLOAT16_TOLERANCE)
     teacher.close()
+
+
+def test_a_registered_class_is_inspected_in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from vllm import ModelRegistry
+
+    def refuse(_: object) -> None:
+        raise AssertionError("another process was started")
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr("vllm.model_executor.models.registry._run_in_subprocess", refuse)
+    register_class("Qwen2ForCausalLM")
+    assert ModelRegistry.models[PREFIX + "Qwen2ForCausalLM"].inspect_model_cls().is_pooling_model
+    with pytest.raises(AssertionError, match="another process"):
+        ModelRegistry.models[PREFIX + "OlmoeForCausalLM"].inspect_model_cls()
 
 
 def test_an_architecture_that_vllm_does_not_know_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
