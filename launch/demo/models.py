@@ -37,7 +37,7 @@ class ModelSpec:
     """Side to which internvl resizes each tile and llava the image; qwen2-vl keeps the image's own size."""
     tiles: int = 1
     """Tiles per image (internvl); above 1 a thumbnail comes on top."""
-    text_model: Literal["qwen2", "llama"] = "qwen2"
+    text_model: Literal["qwen2", "qwen3", "llama"] = "qwen2"
     """Body of internvl (llava's is always llama)."""
     initializer_range: float = 0.08
     rope_theta: float = 10000.0
@@ -52,14 +52,27 @@ class ModelSpec:
 
 def create_model_directory(spec: ModelSpec, path: str | Path, *, corpus: Iterable[str], seed: int) -> None:
     """Write an ordinary Hugging Face directory: float32 weights, config, tokenizer, processor, chat template."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
-
     chat = CHAT_FORMATS[spec.family]
     tokenizer = train_tokenizer(spec.tokenizer, corpus=corpus, vocab_size=spec.vocab_size, chat=chat)
     config = CONFIGS[spec.family](spec, tokenizer)
+    processor = None if spec.family == "qwen2" else build_processor(spec, tokenizer)
+    save_random_model(config, path, tokenizer=tokenizer, processor=processor, seed=seed)
+
+
+def save_random_model(
+    config: "PreTrainedConfig",
+    path: str | Path,
+    *,
+    tokenizer: "PreTrainedTokenizerFast",
+    processor: Any | None,
+    seed: int,
+) -> None:
+    """Write a model of a configuration with random weights; without a processor it takes text only."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+
     config.dtype = torch.float32
-    auto = AutoModelForCausalLM if spec.family == "qwen2" else AutoModelForImageTextToText
+    auto = AutoModelForCausalLM if processor is None else AutoModelForImageTextToText
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto.from_config(config)
@@ -67,7 +80,7 @@ def create_model_directory(spec: ModelSpec, path: str | Path, *, corpus: Iterabl
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
     model.save_pretrained(path)
-    (build_processor(spec, tokenizer) if spec.family != "qwen2" else tokenizer).save_pretrained(path)
+    (tokenizer if processor is None else processor).save_pretrained(path)
 
 
 def build_processor(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> Any:
@@ -107,13 +120,15 @@ def build_processor(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> An
     )
 
 
-def _token_id(tokenizer: "PreTrainedTokenizerFast", token: str) -> int:
-    token_id = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(token_id, int)
-    return token_id
+def token_id(tokenizer: "PreTrainedTokenizerFast", token: str) -> int:
+    """Return the id of a special token."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
-def _text_sizes(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+def text_sizes(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    """Return the arguments that every text configuration takes."""
     return {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
@@ -138,7 +153,7 @@ def _qwen2_vl_config(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> "
     section = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
     rope = {"rope_type": "default", "rope_theta": spec.rope_theta, "mrope_section": section}
     return Qwen2VLConfig(
-        text_config=_text_sizes(spec, tokenizer) | {"rope_parameters": rope},
+        text_config=text_sizes(spec, tokenizer) | {"rope_parameters": rope},
         vision_config={
             "depth": spec.vision_layers,
             "embed_dim": spec.vision_hidden,
@@ -150,15 +165,16 @@ def _qwen2_vl_config(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> "
             "temporal_patch_size": 2,
             "initializer_range": spec.initializer_range,
         },
-        image_token_id=_token_id(tokenizer, "<|image_pad|>"),
-        video_token_id=_token_id(tokenizer, "<|video_pad|>"),
-        vision_start_token_id=_token_id(tokenizer, "<|vision_start|>"),
-        vision_end_token_id=_token_id(tokenizer, "<|vision_end|>"),
+        image_token_id=token_id(tokenizer, "<|image_pad|>"),
+        video_token_id=token_id(tokenizer, "<|video_pad|>"),
+        vision_start_token_id=token_id(tokenizer, "<|vision_start|>"),
+        vision_end_token_id=token_id(tokenizer, "<|vision_end|>"),
         tie_word_embeddings=False,
     )
 
 
-def _square_vision(spec: ModelSpec) -> dict[str, Any]:
+def square_vision(spec: ModelSpec) -> dict[str, Any]:
+    """Return the arguments of a vision tower that sees square tiles."""
     return {
         "hidden_size": spec.vision_hidden,
         "intermediate_size": 2 * spec.vision_hidden,
@@ -174,9 +190,9 @@ def _internvl_config(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> "
     from transformers import InternVLConfig
 
     return InternVLConfig(
-        text_config=_text_sizes(spec, tokenizer) | {"model_type": spec.text_model},
-        vision_config=_square_vision(spec) | {"layer_scale_init_value": 1.0},
-        image_token_id=_token_id(tokenizer, "<IMG_CONTEXT>"),
+        text_config=text_sizes(spec, tokenizer) | {"model_type": spec.text_model},
+        vision_config=square_vision(spec) | {"layer_scale_init_value": 1.0},
+        image_token_id=token_id(tokenizer, "<IMG_CONTEXT>"),
         image_seq_length=spec.patches_per_side**2 // 4,
         downsample_ratio=0.5,
         tie_word_embeddings=False,
@@ -187,9 +203,9 @@ def _llava_config(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> "Pre
     from transformers import LlavaConfig
 
     return LlavaConfig(
-        text_config=_text_sizes(spec, tokenizer) | {"model_type": "llama"},
-        vision_config=_square_vision(spec) | {"model_type": "clip_vision_model", "projection_dim": spec.vision_hidden},
-        image_token_index=_token_id(tokenizer, "<image>"),
+        text_config=text_sizes(spec, tokenizer) | {"model_type": "llama"},
+        vision_config=square_vision(spec) | {"model_type": "clip_vision_model", "projection_dim": spec.vision_hidden},
+        image_token_index=token_id(tokenizer, "<image>"),
         image_seq_length=spec.patches_per_side**2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -200,7 +216,7 @@ def _llava_config(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> "Pre
 def _qwen2_config(spec: ModelSpec, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedConfig":
     from transformers import Qwen2Config
 
-    return Qwen2Config(**_text_sizes(spec, tokenizer))
+    return Qwen2Config(**text_sizes(spec, tokenizer))
 
 
 CONFIGS: "dict[Family, Callable[[ModelSpec, PreTrainedTokenizerFast], PreTrainedConfig]]" = {

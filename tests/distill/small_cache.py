@@ -19,9 +19,17 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def write_data(
-    folder: Path, *, num_samples: int, text_only: Sequence[int] = (), multi_turn: Sequence[int] = ()
+    folder: Path,
+    *,
+    num_samples: int,
+    text_only: Sequence[int] = (),
+    multi_turn: Sequence[int] = (),
+    image_sizes: Sequence[tuple[int, int]] = ((16, 16),),
 ) -> Path:
-    """Write a JSON-lines file of questions about small images; some rows without one, some with two turns."""
+    """Write a JSON-lines file of questions about small images; some rows without one, some with two turns.
+
+    Sizes are width and height; the rows take them in turn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(5)
     lines = []
@@ -39,7 +47,8 @@ def write_data(
         images = []
         if index not in text_only:
             path = folder / f"{index}.png"
-            pixels = rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            width, height = image_sizes[index % len(image_sizes)]
+            pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, format="PNG")
             path.write_bytes(buffer.getvalue())
