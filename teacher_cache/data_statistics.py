@@ -100,7 +100,7 @@ def measure_data(config: CacheConfig, *, processor: Processor, most_rows: int) -
     numbers = evenly_spread(rows, at_most=most_rows)
     outcomes: list[_Outcome] = []
     with progress(total=len(numbers), unit="row", description="tokenising") as bar:
-        for parsed in parse_rows(read_chosen(path, numbers), image_root=image_folder(config.data)):
+        for _, parsed in parse_rows(read_chosen(path, numbers), image_root=image_folder(config.data)):
             outcomes.append(_outcome(parsed, config, processor=processor))
             bar.update()
     stored = [outcome.result for outcome in outcomes if isinstance(outcome.result, MeasuredSample)]

@@ -42,7 +42,7 @@ def read_chosen(path: Path, numbers: Sequence[int]) -> Iterator[tuple[int, dict[
     """Yield some rows with their numbers, which ascend; of a Parquet file only the row groups that hold them."""
     wanted = set(numbers)
     if path.suffix != ".parquet":
-        yield from ((number, row) for number, row in enumerate(read_rows(path)) if number in wanted)
+        yield from ((number, row) for number, (_, row) in enumerate(read_rows(path)) if number in wanted)
         return
     with pyarrow.parquet.ParquetFile(path) as file:
         first = 0
@@ -72,7 +72,7 @@ def read_facts(path: Path, *, rows: int) -> Float[np.ndarray, "rows facts"]:
 
 def _rows_without_images(path: Path) -> Iterator[Mapping[str, Any]]:
     if path.suffix != ".parquet":
-        yield from read_rows(path)
+        yield from (row for _, row in read_rows(path))
         return
     with pyarrow.parquet.ParquetFile(path) as file:
         if "messages" not in file.schema_arrow.names:

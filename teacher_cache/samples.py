@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,11 @@ from teacher_cache.config import DataConfig
 from teacher_cache.errors import DataError, SampleError
 from teacher_cache.schema import Message, Sample, SkippedSample
 
+COLUMNS = ("id", "messages", "images")
+"""What is read of a row; further columns are ignored."""
 IMAGE_MARK = "<image>"
 ROLES = ("system", "user", "assistant")
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +44,28 @@ def read_samples(config: DataConfig) -> SampleSet:
     Raises:
         DataError: The file is missing or of another kind, or more rows are bad than ``max_skipped_samples``.
     """
-    path = Path(config.path)
-    image_root = image_folder(config)
-    samples: list[Sample] = []
     skipped: list[SkippedSample] = []
-    for sample in parse_rows(itertools.islice(enumerate(read_rows(path)), config.max_samples), image_root=image_root):
+    samples = tuple(sample for _, sample in usable_rows(config, skipped=skipped))
+    return SampleSet(samples=samples, skipped=tuple(skipped))
+
+
+def usable_rows(config: DataConfig, *, skipped: list[SkippedSample]) -> Iterator[tuple[int, Sample]]:
+    """Yield the samples of a data file, each with the place of its row; bad rows go to ``skipped``.
+
+    Raises:
+        DataError: As :func:`read_samples` does.
+    """
+    path, found = Path(config.path), 0
+    rows = itertools.islice(read_rows(path, columns=COLUMNS), config.max_samples)
+    for place, sample in parse_rows(rows, image_root=image_folder(config)):
         if isinstance(sample, SkippedSample):
             skipped.append(sample)
             check_skip_budget(skipped, allowed=config.max_skipped_samples, source=str(path))
         else:
-            samples.append(sample)
-    if not samples:
+            found += 1
+            yield place, sample
+    if not found:
         raise DataError(f"no usable sample in {path}: expected rows with `messages` and `images`")
-    return SampleSet(samples=tuple(samples), skipped=tuple(skipped))
 
 
 def image_folder(config: DataConfig) -> Path:
@@ -61,19 +73,19 @@ def image_folder(config: DataConfig) -> Path:
     return Path(config.image_root) if config.image_root else Path(config.path).parent
 
 
-def parse_rows(rows: Iterable[tuple[int, Mapping[str, Any]]], *, image_root: Path) -> Iterator[Sample | SkippedSample]:
-    """Yield the sample of each numbered row, or why there is none; an id counts once."""
+def parse_rows(rows: Iterable[tuple[int, Any]], *, image_root: Path) -> Iterator[tuple[int, Sample | SkippedSample]]:
+    """Yield the place of each row with its sample, or with why there is none; an id counts once."""
     seen: set[str] = set()
-    for number, row in rows:
+    for place, row in rows:
         try:
-            sample = parse_row(row, number=number, image_root=image_root)
+            sample = parse_row(row, place=place, image_root=image_root)
             if sample.sample_id in seen:
                 raise SampleError("the id occurs twice", sample_id=sample.sample_id, reason="bad-row")
         except SampleError as error:
-            yield SkippedSample(sample_id=error.sample_id, reason=error.reason, message=str(error))
+            yield place, SkippedSample(sample_id=error.sample_id, reason=error.reason, message=str(error))
         else:
             seen.add(sample.sample_id)
-            yield sample
+            yield place, sample
 
 
 def check_skip_budget(skipped: Sequence[SkippedSample], *, allowed: int, source: str) -> None:
@@ -87,32 +99,59 @@ def check_skip_budget(skipped: Sequence[SkippedSample], *, allowed: int, source:
     )
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a Parquet (.parquet) or JSON-lines (.jsonl) file in order."""
+def read_rows(path: Path, *, columns: Collection[str] | None = None) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a Parquet (.parquet) or JSON-lines (.jsonl) file in order, each with its place.
+
+    The place is the row's number in a Parquet file and the line's byte offset in a JSON-lines file. Of a Parquet file,
+    only the named columns are read.
+
+    Raises:
+        DataError: The file is missing, damaged or of another kind.
+    """
     if not path.is_file():
         raise DataError(f"no data file at {path}: check `data.path`")
     if path.suffix == ".parquet":
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
+        yield from enumerate(_parquet_rows(path, columns=columns))
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines):
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"line {number + 1} of {path} is not JSON: {error}") from error
+        place = 0
+        with path.open("rb") as lines:
+            for line in lines:
+                if line.strip():
+                    yield place, decode_line(line)
+                place += len(line)
     else:
         raise DataError(f"data file {path} is neither .parquet nor .jsonl")
 
 
-def parse_row(row: Mapping[str, Any], *, number: int, image_root: Path) -> Sample:
-    """Turn one row into a Sample; ``number`` names rows without an id in errors.
+def decode_line(line: bytes) -> Any:
+    """Return what a line of a JSON-lines file holds; one that is no JSON comes back as it is, and is no row."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
+
+
+def _parquet_rows(path: Path, *, columns: Collection[str] | None) -> Iterator[Any]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            chosen = [name for name in file.schema_arrow.names if columns is None or name in columns]
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=chosen):
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"data file {path} cannot be read as Parquet: {error}") from error
+
+
+def parse_row(row: Any, *, place: int, image_root: Path) -> Sample:
+    """Turn one row into a Sample; ``place`` names a row without an id in errors.
 
     Raises:
         SampleError: The row cannot be used; its ``reason`` says why.
     """
-    name = str(row.get("id") or f"row-{number}") if isinstance(row, Mapping) else f"row-{number}"
+    if not isinstance(row, Mapping):
+        text = row.decode(errors="replace") if isinstance(row, bytes) else str(row)
+        kind = type(row).__name__
+        raise _bad_row(f"the row at {place} is no record but {kind}: {text[:80].rstrip()}", f"row-{place}")
+    name = str(row.get("id") or f"row-{place}")
     try:
         messages = tuple(parse_message(message) for message in row["messages"])
         images = tuple(_image_bytes(image, image_root=image_root) for image in row.get("images") or ())

@@ -100,6 +100,7 @@ class ShardAttempt:
         if self._standing is not None:
             return self._writer.standing_record(self.shard)
         self.require_planned(self._ids, skipped=skipped, digests=None)
+        skipped = [replace(sample, message=_as_unicode(sample.message)) for sample in skipped]
         try:
             rows, files = self._finish()
             record = CommitRecord(
@@ -244,3 +245,8 @@ class ShardAttempt:
             f"shard {self.shard.shard_id}: cannot write {self._bytes} bytes to {uri}/{self._folder}, nor its record to "
             f"{COMMITS}: {error}; free space or mend the store, then run the build again"
         )
+
+
+def _as_unicode(text: str) -> str:
+    """Escape the lone surrogates that stand for undecodable bytes in file names."""
+    return text.encode(errors="backslashreplace").decode()

@@ -1,27 +1,45 @@
-"""Builds one shard after the other with one teacher engine: encode, compute, check, commit."""
+"""Builds one shard after the other with one teacher engine: encode, compute, check and write at the same time."""
 
-import itertools
 import logging
+import math
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from teacher_cache.build_plan import keeps_question_rows
 from teacher_cache.chat import Processor, encode_conversation, load_processor
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import GenrecalError, SampleError
+from teacher_cache.head_check import HEAD_CHECK_ROWS, ScoredRows, check_head_agrees
+from teacher_cache.prefetch import Prefetch
 from teacher_cache.reader import open_cache
 from teacher_cache.schema import EncodedConversation, Sample, SkippedSample, TeacherTargets
-from teacher_cache.teacher import Teacher, TransformersTeacher, check_head_agrees
+from teacher_cache.shard_attempt import ShardAttempt
+from teacher_cache.spot_check import TOLERANCE, ReferenceRows, SpotCheck, compare_with_reference
+from teacher_cache.teacher import Teacher, TeacherRequest, TransformersTeacher
 from teacher_cache.teacher_checkpoint import checkpoint_directory
 from teacher_cache.writer import CacheWriter
 
 logger = logging.getLogger(__name__)
 
-SAMPLES_AT_ONCE = 64
-"""Samples whose images are decoded at the same time, while the engine computes as many others."""
+WINDOW_SAMPLES: Final = 32
+"""Encoded samples among which the longest goes to the engine first."""
+WRITES_AHEAD: Final = 8
+"""Samples that wait to be written; more of them hold the engine up instead of filling the memory."""
+SIGN_OF_LIFE_S: Final = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardProgress:
+    """A sign of life: how far a shard is."""
+
+    samples: int
+    """Computed or skipped."""
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +54,8 @@ class ShardReport:
     skipped: tuple[SkippedSample, ...]
     head_difference_nats: float
     """Largest difference between the engine's log-probabilities and the stored rows through the stored head."""
+    spot_check: SpotCheck
     worker: dict[str, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Encoded:
-    sample: Sample
-    conversation: EncodedConversation
 
 
 class ShardWorker:
@@ -51,6 +64,7 @@ class ShardWorker:
     def __init__(
         self, config: CacheConfig, *, writer: CacheWriter, identity: dict[str, str], log_file: Path | None
     ) -> None:
+        """Start the engine."""
         self.config = config
         self.writer = writer
         directory = str(checkpoint_directory(config.teacher))
@@ -59,30 +73,39 @@ class ShardWorker:
         self.teacher = start_teacher(config, log_file=log_file)
         self.identity = {**self.teacher.provenance, **identity}
 
-    def build(self, shard_id: str, samples: Sequence[Sample]) -> ShardReport:
-        """Compute and commit one shard.
+    def build(
+        self, shard_id: str, samples: Sequence[Sample], *, references: Sequence[ReferenceRows] = ()
+    ) -> Iterator[ShardProgress | ShardReport]:
+        """Compute and commit one shard; yield signs of life, and the report at the end.
+
+        Args:
+            shard_id: A planned shard.
+            samples: All its samples.
+            references: What some of its samples are compared with.
 
         Raises:
             TeacherError: The engine failed or its targets fail their checks; nothing is committed.
             CacheError: The shard cannot be written.
         """
         started = time.monotonic()
-        targets, skipped = self._compute(samples)
-        difference = check_head_agrees(targets, head=self.head) if targets else 0.0
-        self.writer.commit_shard(
-            shard_id,
-            targets,
-            sample_digests={sample.sample_id: sample.digest for sample in samples},
-            skipped=skipped,
-            provenance={**self.identity, "head_difference_nats": difference},
-        )
-        return ShardReport(
+        with self.writer.start_shard(shard_id) as attempt:
+            digests = {sample.sample_id: sample.digest for sample in samples}
+            attempt.require_planned(list(digests), skipped=(), digests=digests)
+            build = _ShardBuild(self, attempt, samples, references={one.sample_id: one for one in references})
+            yield from build.run()
+            difference = check_head_agrees(build.scored_rows, head=self.head)
+            spot_check = SpotCheck.merged(build.spot_checks)
+            provenance = {**self.identity, "head_difference_nats": difference, "spot_check": asdict(spot_check)}
+            attempt.commit(skipped=build.skipped, provenance=provenance)
+        self.writer.note_committed(shard_id)
+        yield ShardReport(
             shard_id=shard_id,
-            samples=len(targets),
-            tokens=sum(len(target.token_ids) for target in targets),
+            samples=build.written,
+            tokens=build.tokens,
             seconds=time.monotonic() - started,
-            skipped=tuple(skipped),
+            skipped=tuple(build.skipped),
             head_difference_nats=difference,
+            spot_check=spot_check,
             worker=self.identity,
         )
 
@@ -90,49 +113,105 @@ class ShardWorker:
         """Stop the engine."""
         self.teacher.close()
 
-    def _compute(self, samples: Sequence[Sample]) -> tuple[list[TeacherTargets], list[SkippedSample]]:
-        targets: list[TeacherTargets] = []
-        skipped: list[SkippedSample] = []
-        batches = [samples[start : start + SAMPLES_AT_ONCE] for start in range(0, len(samples), SAMPLES_AT_ONCE)]
-        with ThreadPoolExecutor(max_workers=1) as ahead:
-            encoded = ahead.submit(self._encode, batches[0])
-            for following in itertools.chain(batches[1:], [None]):
-                ready, bad = encoded.result()
-                if following is not None:
-                    encoded = ahead.submit(self._encode, following)
-                done, refused = self._run_teacher(ready)
-                targets += done
-                skipped += [*bad, *refused]
-        return targets, skipped
 
-    def _encode(self, samples: Sequence[Sample]) -> tuple[list[_Encoded], list[SkippedSample]]:
-        encoded, skipped = [], []
-        for sample in samples:
-            conversation = encode_or_skip(self.processor, sample, max_length=self.config.data.max_length)
-            if isinstance(conversation, SkippedSample):
-                skipped.append(conversation)
-            else:
-                encoded.append(_Encoded(sample=sample, conversation=conversation))
-        return encoded, skipped
+class _ShardBuild:
+    """One shard on its way: a thread encodes ahead, the engine computes, another thread writes in planned order."""
 
-    def _run_teacher(self, encoded: list[_Encoded]) -> tuple[list[TeacherTargets], list[SkippedSample]]:
-        settings = self.config.targets
-        skipped: list[SkippedSample] = []
-        while encoded:
+    def __init__(
+        self,
+        worker: ShardWorker,
+        attempt: ShardAttempt,
+        samples: Sequence[Sample],
+        *,
+        references: Mapping[str, ReferenceRows],
+    ) -> None:
+        self._worker = worker
+        self._attempt = attempt
+        self._samples = samples
+        self._references = references
+        self._tolerance = worker.config.build.spot_check_tolerance or TOLERANCE[worker.config.teacher.dtype]
+        self._skipped: dict[str, SkippedSample] = {}
+        self._computed: dict[str, TeacherTargets] = {}
+        self._next = 0
+        self._writes: deque[Future[None]] = deque()
+        self._rows_per_sample = math.ceil(HEAD_CHECK_ROWS / len(samples))
+        self.scored_rows: list[ScoredRows] = []
+        self.spot_checks: list[SpotCheck] = []
+        self.written = 0
+        self.tokens = 0
+
+    @property
+    def skipped(self) -> list[SkippedSample]:
+        """Bad samples, in planned order."""
+        return [self._skipped[sample.sample_id] for sample in self._samples if sample.sample_id in self._skipped]
+
+    def run(self) -> Iterator[ShardProgress]:
+        """Compute and write all samples."""
+        told = time.monotonic()
+        topk = self._worker.config.targets.topk
+        with Prefetch(self._requests(), depth=WINDOW_SAMPLES) as requests, ThreadPoolExecutor(1) as writing:
             try:
-                done = self.teacher.compute(
-                    [entry.conversation for entry in encoded],
-                    topk=settings.topk,
-                    question_rows=[
-                        keeps_question_rows(entry.sample, fraction=settings.question_fraction) for entry in encoded
-                    ],
-                )
-            except SampleError as error:
-                skipped.append(_skipped(error))
-                encoded = [entry for entry in encoded if entry.sample.sample_id != error.sample_id]
-            else:
-                return done, skipped
-        return [], skipped
+                for done in self._worker.teacher.stream(requests, topk=topk):
+                    if isinstance(done, SampleError):
+                        self._skipped[done.sample_id] = skipped_sample(done)
+                    else:
+                        self._computed[done.sample_id] = done
+                        self.tokens += len(done.token_ids)
+                    self._write_ready(writing)
+                    if time.monotonic() - told >= SIGN_OF_LIFE_S:
+                        told = time.monotonic()
+                        yield self._progress()
+                self._write_ready(writing)
+                for write in self._writes:
+                    write.result()
+            except BaseException:
+                writing.shutdown(cancel_futures=True)
+                raise
+        yield self._progress()
+
+    def _progress(self) -> ShardProgress:
+        return ShardProgress(samples=self._next, tokens=self.tokens)
+
+    def _requests(self) -> Iterator[TeacherRequest]:
+        """Encode the samples; within each window, the longest come first so that no short rest waits for a long one."""
+        window: list[TeacherRequest] = []
+        for sample in self._samples:
+            request = self._encode(sample)
+            window += [] if request is None else [request]
+            if len(window) == WINDOW_SAMPLES:
+                yield from sorted(window, key=_length, reverse=True)
+                window = []
+        yield from sorted(window, key=_length, reverse=True)
+
+    def _encode(self, sample: Sample) -> TeacherRequest | None:
+        config = self._worker.config
+        conversation = encode_or_skip(self._worker.processor, sample, max_length=config.data.max_length)
+        if isinstance(conversation, SkippedSample):
+            self._skipped[sample.sample_id] = conversation
+            return None
+        if not self._worker.teacher.uses_model_inputs:
+            conversation = replace(conversation, model_inputs={})
+        wanted = keeps_question_rows(sample, fraction=config.targets.question_fraction)
+        return TeacherRequest(conversation=conversation, question_rows=wanted)
+
+    def _write_ready(self, writing: ThreadPoolExecutor) -> None:
+        """Hand over what comes next in planned order; wait while too much is waiting."""
+        while self._next < len(self._samples):
+            sample_id = self._samples[self._next].sample_id
+            if (targets := self._computed.pop(sample_id, None)) is not None:
+                self._writes.append(writing.submit(self._write, targets))
+            elif sample_id not in self._skipped:
+                break
+            self._next += 1
+        while self._writes and (self._writes[0].done() or len(self._writes) > WRITES_AHEAD):
+            self._writes.popleft().result()
+
+    def _write(self, targets: TeacherTargets) -> None:
+        self.scored_rows.append(ScoredRows.of(targets, count=self._rows_per_sample))
+        if (reference := self._references.get(targets.sample_id)) is not None:
+            self.spot_checks.append(compare_with_reference(targets, reference, tolerance=self._tolerance))
+        self._attempt.append(targets)
+        self.written += 1
 
 
 def encode_or_skip(processor: Processor, sample: Sample, *, max_length: int) -> EncodedConversation | SkippedSample:
@@ -144,7 +223,7 @@ def encode_or_skip(processor: Processor, sample: Sample, *, max_length: int) -> 
     try:
         return encode_conversation(processor, sample, max_length=max_length)
     except SampleError as error:
-        return _skipped(error)
+        return skipped_sample(error)
     except GenrecalError:
         raise
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -152,6 +231,11 @@ def encode_or_skip(processor: Processor, sample: Sample, *, max_length: int) -> 
         logger.warning("sample %s cannot be encoded", sample.sample_id, exc_info=True)
         message = f"the teacher's processor refuses the sample: {type(error).__name__}: {error}"
         return SkippedSample(sample_id=sample.sample_id, reason="not-encodable", message=message)
+
+
+def skipped_sample(error: SampleError) -> SkippedSample:
+    """Return what is listed of a sample that was left out."""
+    return SkippedSample(sample_id=error.sample_id, reason=error.reason, message=str(error))
 
 
 def start_teacher(config: CacheConfig, *, log_file: Path | None) -> Teacher:
@@ -163,5 +247,5 @@ def start_teacher(config: CacheConfig, *, log_file: Path | None) -> Teacher:
     return VllmTeacher(config.teacher, build=config.build, max_length=config.data.max_length, log_file=log_file)
 
 
-def _skipped(error: SampleError) -> SkippedSample:
-    return SkippedSample(sample_id=error.sample_id, reason=error.reason, message=str(error))
+def _length(request: TeacherRequest) -> int:
+    return len(request.conversation.token_ids)

@@ -1,26 +1,18 @@
 """The teacher: what every engine must offer, the checks on what it returns, and the plain transformers reference."""
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import transformers
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from teacher_cache.answer_scores import AnswerScores, score_logits, stored_rows
 from teacher_cache.config import TeacherConfig
 from teacher_cache.errors import ConfigError, SampleError, TeacherError
-from teacher_cache.schema import (
-    EncodedConversation,
-    Span,
-    TeacherHead,
-    TeacherTargets,
-    predicting_rows,
-    tier_a_rows,
-)
+from teacher_cache.schema import EncodedConversation, TeacherTargets, predicting_rows, tier_a_rows
 from teacher_cache.teacher_checkpoint import (
     attention_options,
     checkpoint_directory,
@@ -32,18 +24,23 @@ from teacher_cache.teacher_checkpoint import (
 
 __all__ = [
     "Teacher",
+    "TeacherRequest",
     "TransformersTeacher",
-    "check_head_agrees",
+    "compute_targets",
     "load_teacher_head",
     "make_targets",
     "processing_identity",
     "teacher_identity",
 ]
 
-HEAD_TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-2}
-"""Largest difference between an engine's log-probabilities and those of its hidden rows through the stored head."""
-HEAD_CHECK_ROWS = 256
-HEAD_CHECK_VOCAB = 16_384
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRequest:
+    """One conversation whose targets are wanted."""
+
+    conversation: EncodedConversation
+    question_rows: bool
+    """Whether tier Q is wanted too."""
 
 
 class Teacher(Protocol):
@@ -52,14 +49,16 @@ class Teacher(Protocol):
     hidden_size: int
     vocab_size: int
     provenance: dict[str, str]
+    uses_model_inputs: bool
+    """Whether it takes what the processor made of the images, not the images themselves."""
 
-    def compute(
-        self, conversations: Sequence[EncodedConversation], *, topk: int, question_rows: Sequence[bool]
-    ) -> list[TeacherTargets]:
-        """Return the targets in order; ``question_rows`` says for which conversations tier Q is wanted.
+    def stream(self, requests: Iterable[TeacherRequest], *, topk: int) -> Iterator[TeacherTargets | SampleError]:
+        """Yield the targets of each request as soon as they are there, in any order.
+
+        Requests are pulled, from another thread perhaps, as the engine can take them. An error that is yielded costs
+        the one sample that it names.
 
         Raises:
-            SampleError: One conversation cannot be computed.
             TeacherError: The engine failed, or what it returned fails the checks.
         """
         ...
@@ -76,9 +75,18 @@ class TransformersTeacher:
     the model's own.
     """
 
-    def __init__(self, config: TeacherConfig) -> None:
+    uses_model_inputs = True
+
+    def __init__(self, config: TeacherConfig, *, num_gpus: int | None = None) -> None:
+        """Load the model onto one GPU, over several, or, with 0, onto the CPU; by default onto one where there is one.
+
+        Raises:
+            TeacherError: Its weights are not complete.
+        """
+        num_gpus = min(torch.cuda.device_count(), 1) if num_gpus is None else num_gpus
         directory = checkpoint_directory(config)
         options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+        spread = {"device_map": "auto"} if num_gpus > 1 else {}
         model_config = transformers.AutoConfig.from_pretrained(directory, **options)
         auto: Any = (
             transformers.AutoModelForCausalLM
@@ -86,25 +94,26 @@ class TransformersTeacher:
             else transformers.AutoModelForImageTextToText
         )
         self.dtype = torch_dtype(config)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if num_gpus else "cpu")
         options |= attention_options(model_config)
-        model, loading = auto.from_pretrained(directory, dtype=self.dtype, output_loading_info=True, **options)
+        model, loading = auto.from_pretrained(
+            directory, dtype=self.dtype, output_loading_info=True, **options, **spread
+        )
         if missing := sorted(loading["missing_keys"]):
             raise TeacherError(f"the weights in {directory} lack {len(missing)} tensor(s): {', '.join(missing[:5])}")
-        self.model: Any = model.to(self.device).eval()
+        self.model: Any = (model if spread else model.to(self.device)).eval()
         self.hidden_size: int = model_config.get_text_config().hidden_size
         self.vocab_size: int = model_config.get_text_config().vocab_size
         self.provenance = {"engine": "transformers", "engine_version": transformers.__version__}
 
-    def compute(
-        self, conversations: Sequence[EncodedConversation], *, topk: int, question_rows: Sequence[bool]
-    ) -> list[TeacherTargets]:
-        """Return the targets in order."""
+    def stream(self, requests: Iterable[TeacherRequest], *, topk: int) -> Iterator[TeacherTargets | SampleError]:
+        """Yield the targets of each request, in order."""
         check_topk(topk, vocab_size=self.vocab_size)
-        return [
-            self._compute_one(conversation, topk=topk, with_question=wanted)
-            for conversation, wanted in zip(conversations, question_rows, strict=True)
-        ]
+        for request in requests:
+            try:
+                yield self._compute_one(request.conversation, topk=topk, with_question=request.question_rows)
+            except SampleError as error:
+                yield error
 
     def close(self) -> None:
         """Free the model."""
@@ -144,6 +153,27 @@ class TransformersTeacher:
             for handle in handles:
                 handle.remove()
         return captured[0], logits
+
+
+def compute_targets(
+    teacher: Teacher, conversations: Sequence[EncodedConversation], *, topk: int, question_rows: Sequence[bool]
+) -> list[TeacherTargets]:
+    """Return the targets of all conversations in their order.
+
+    Raises:
+        SampleError: One of them cannot be computed.
+        TeacherError: The engine failed, or what it returned fails the checks.
+    """
+    requests = [
+        TeacherRequest(conversation=conversation, question_rows=wanted)
+        for conversation, wanted in zip(conversations, question_rows, strict=True)
+    ]
+    found: dict[str, TeacherTargets] = {}
+    for targets in teacher.stream(requests, topk=topk):
+        if isinstance(targets, SampleError):
+            raise targets
+        found[targets.sample_id] = targets
+    return [found[conversation.sample_id] for conversation in conversations]
 
 
 def make_targets(
@@ -189,56 +219,3 @@ def check_topk(topk: int, *, vocab_size: int) -> None:
     """Raise ConfigError when more logits are asked for than there are."""
     if topk > vocab_size:
         raise ConfigError(f"`targets.topk` is {topk}, but the teacher's vocabulary has {vocab_size} entries")
-
-
-def check_head_agrees(targets: Sequence[TeacherTargets], *, head: TeacherHead) -> float:
-    """Compare the stored rows, put through the stored head, with the engine's own log-probabilities.
-
-    A tap at another layer, rows off by one or another head show at once. At most HEAD_CHECK_ROWS rows,
-    evenly spread over all answers, are compared.
-
-    Returns:
-        The largest difference in nats.
-
-    Raises:
-        TeacherError: It exceeds HEAD_TOLERANCE_NATS.
-    """
-    rows = torch.cat([target.hidden_states[_predicting_in_tier_a(target.spans)] for target in targets])
-    ids = torch.cat([target.token_ids[predicting_rows(target.spans) + 1] for target in targets]).long()
-    expected = torch.cat([target.target_logprobs for target in targets if target.target_logprobs is not None])
-    chosen = torch.linspace(0, len(rows) - 1, min(len(rows), HEAD_CHECK_ROWS)).round().long()
-    found = head_logprobs(rows[chosen], target_ids=ids[chosen], head=head)
-    difference = float((found - expected[chosen]).abs().max())
-    tolerance = HEAD_TOLERANCE_NATS[rows.dtype]
-    if not difference <= tolerance:
-        raise TeacherError(
-            f"the engine's log-probabilities and its hidden rows through the teacher's output head differ by "
-            f"{difference:.3g} nats in samples {targets[0].sample_id} ... {targets[-1].sample_id}; expected at most "
-            f"{tolerance:g}: the head read from the checkpoint is not the one that the engine uses"
-        )
-    return difference
-
-
-def head_logprobs(
-    rows: Float[Tensor, "rows hidden"], *, target_ids: Int[Tensor, " rows"], head: TeacherHead
-) -> Float[Tensor, " rows"]:
-    """Return the log-probability of one token per row, in float32, a slice of the vocabulary at a time."""
-    rows = rows.float()
-    parts, targets = [], torch.empty(len(rows))
-    for start in range(0, len(head.weight), HEAD_CHECK_VOCAB):
-        weight = head.weight[start : start + HEAD_CHECK_VOCAB].float()
-        logits = rows @ weight.T
-        if head.bias is not None:
-            logits += head.bias[start : start + HEAD_CHECK_VOCAB].float()
-        logits *= head.logit_scale
-        if head.logit_softcap is not None:
-            logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
-        inside = (target_ids >= start) & (target_ids < start + len(weight))
-        targets[inside] = logits[inside, target_ids[inside] - start]
-        parts.append(logits.logsumexp(dim=-1))
-    return targets - torch.stack(parts).logsumexp(dim=0)
-
-
-def _predicting_in_tier_a(spans: Iterable[Span]) -> Int[np.ndarray, " answer_tokens"]:
-    starts = np.cumsum([0, *(span.stop - span.start + 1 for span in spans)])
-    return np.concatenate([np.arange(first, end - 1) for first, end in itertools.pairwise(starts)])

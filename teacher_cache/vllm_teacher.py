@@ -3,7 +3,7 @@
 import gc
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ from teacher_cache.answer_scores import stored_rows, unpack
 from teacher_cache.config import BuildConfig, TeacherConfig
 from teacher_cache.errors import SampleError, TeacherError
 from teacher_cache.schema import EncodedConversation, TeacherTargets, predicting_rows
-from teacher_cache.teacher import check_topk, make_targets
+from teacher_cache.teacher import TeacherRequest, check_topk, make_targets
 from teacher_cache.teacher_checkpoint import checkpoint_directory, read_config, torch_dtype
 from teacher_cache.vllm_plugin import PREFIX, register_class
+from teacher_cache.vllm_stream import FinishedRequest, run_requests
 
+STEPS_IN_FLIGHT = 4
+"""Engine steps for which requests are waiting in the engine."""
 CPU_KV_CACHE_GIB = 0.25
 """Key-value cache on a CPU unless the config says otherwise: vLLM would take a fraction of all memory."""
 
@@ -48,6 +51,8 @@ def engine_environment(*, model: str, on_cuda: bool, log_file: Path | None = Non
 class VllmTeacher:
     """One vLLM engine. Its log goes to ``log_file``; without one only its errors are printed."""
 
+    uses_model_inputs = False
+
     def __init__(
         self, config: TeacherConfig, *, build: BuildConfig, max_length: int, log_file: Path | None = None
     ) -> None:
@@ -65,6 +70,7 @@ class VllmTeacher:
         ).get_text_config()
         self.hidden_size: int = text_config.hidden_size
         self.vocab_size: int = text_config.vocab_size
+        self._max_batched_tokens = build.max_batched_tokens
         try:
             self._llm: Any = vllm.LLM(
                 **engine_arguments(config, directory=directory, build=build, max_length=max_length, on_cuda=on_cuda)
@@ -72,18 +78,18 @@ class VllmTeacher:
         except (ValueError, RuntimeError) as error:
             raise TeacherError(f"vLLM {vllm.__version__} cannot start the teacher {config.model}: {error}") from error
 
-    def compute(
-        self, conversations: Sequence[EncodedConversation], *, topk: int, question_rows: Sequence[bool]
-    ) -> list[TeacherTargets]:
-        """Return the targets in order."""
+    def stream(self, requests: Iterable[TeacherRequest], *, topk: int) -> Iterator[TeacherTargets | SampleError]:
+        """Yield the targets of each request when the engine has finished it."""
         check_topk(topk, vocab_size=self.vocab_size)
-        if not conversations:
-            return []
-        outputs = self._encode(conversations, topk=topk, question_rows=question_rows)
-        return [
-            self._targets(conversation, output, topk=topk, with_question=wanted)
-            for conversation, output, wanted in zip(conversations, outputs, question_rows, strict=True)
-        ]
+        budget = STEPS_IN_FLIGHT * self._max_batched_tokens
+        for done in run_requests(self._llm.llm_engine, requests, topk=topk, tokens_in_flight=budget):
+            if isinstance(done, SampleError):
+                yield done
+                continue
+            try:
+                yield self._targets(done, topk=topk)
+            except SampleError as error:
+                yield error
 
     def close(self) -> None:
         """Shut the engine down and free its memory."""
@@ -94,45 +100,13 @@ class VllmTeacher:
         gc.collect()
         cleanup_dist_env_and_memory()
 
-    def _encode(
-        self, conversations: Sequence[EncodedConversation], *, topk: int, question_rows: Sequence[bool]
-    ) -> list[Any]:
-        from vllm import PoolingParams
-        from vllm.exceptions import VLLMValidationError
-
-        from teacher_cache.vllm_pooler import TASK, TargetsRequest
-
-        prompts, params = [], []
-        for conversation, wanted in zip(conversations, question_rows, strict=True):
-            images = {"multi_modal_data": {"image": list(conversation.images)}} if conversation.images else {}
-            prompts.append({"prompt_token_ids": list(conversation.prompt_token_ids)} | images)
-            request = TargetsRequest(spans=conversation.spans, topk=topk, question_rows=wanted)
-            params.append(
-                PoolingParams(task=TASK, skip_reading_prefix_cache=True, extra_kwargs=request.to_extra_kwargs())
-            )
-        try:
-            return self._llm.encode(prompts, pooling_params=params, pooling_task=TASK, use_tqdm=False)
-        except VLLMValidationError as error:
-            if len(conversations) == 1:
-                sample_id = conversations[0].sample_id
-                raise SampleError(
-                    f"vLLM refuses sample {sample_id}: {error}", sample_id=sample_id, reason="engine-refused"
-                ) from error
-            # one by one, the refused sample is found and named
-            return [
-                output
-                for conversation, wanted in zip(conversations, question_rows, strict=True)
-                for output in self._encode([conversation], topk=topk, question_rows=[wanted])
-            ]
-
-    def _targets(
-        self, conversation: EncodedConversation, output: Any, *, topk: int, with_question: bool
-    ) -> TeacherTargets:
-        check_token_ids(conversation, found=np.asarray(output.prompt_token_ids))
+    def _targets(self, done: FinishedRequest, *, topk: int) -> TeacherTargets:
+        conversation, with_question = done.request.conversation, done.request.question_rows
+        check_token_ids(conversation, found=np.asarray(done.output.prompt_token_ids))
         num_tokens = len(conversation.token_ids)
         try:
             rows, scores = unpack(
-                output.outputs.data,
+                done.output.outputs.data,
                 num_rows=len(stored_rows(conversation.spans, num_tokens=num_tokens, with_question=with_question)),
                 hidden_size=self.hidden_size,
                 dtype=self.dtype,

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -139,14 +139,19 @@ class CacheWriter:
             order = {sample_id: place for place, sample_id in enumerate(attempt.shard.sample_ids)}
             for sample in sorted(targets, key=lambda sample: order[sample.sample_id]):
                 attempt.append(sample)
-            record = attempt.commit(
-                skipped=[replace(sample, message=_as_unicode(sample.message)) for sample in skipped],
-                provenance=provenance,
-            )
+            record = attempt.commit(skipped=skipped, provenance=provenance)
+        self.note_committed(shard_id)
+        return record
+
+    def note_committed(self, shard_id: str) -> None:
+        """Complete the cache when this was the last of the shards that were missing.
+
+        Raises:
+            CacheError: the store refused a step.
+        """
         self._open_shards.discard(shard_id)
         if not self._open_shards:
             self.complete()
-        return record
 
     def complete(self) -> bool:
         """Make the snapshot of a complete cache and remove what lost attempts left; say whether it is complete.
@@ -290,8 +295,3 @@ def _store_errors(what: str) -> Iterator[None]:
         if isinstance(error, CacheError):
             raise
         raise CacheError(f"{what}: {error}; free space or mend the store, then run the build again") from error
-
-
-def _as_unicode(text: str) -> str:
-    """Escape the lone surrogates that stand for undecodable bytes in file names."""
-    return text.encode(errors="backslashreplace").decode()

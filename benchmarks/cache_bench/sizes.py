@@ -105,7 +105,7 @@ def _demo_states(folder: Path) -> list[TeacherTargets]:
     from launch.demo.make_models import copy_trained_teacher
     from teacher_cache.chat import encode_conversation, load_processor
     from teacher_cache.samples import read_samples
-    from teacher_cache.teacher import TransformersTeacher
+    from teacher_cache.teacher import TransformersTeacher, compute_targets
 
     folder.mkdir()
     copy_trained_teacher(folder / "teacher")
@@ -114,6 +114,6 @@ def _demo_states(folder: Path) -> list[TeacherTargets]:
     samples = read_samples(DataConfig(path=str(folder / "train.parquet"))).samples
     conversations = [encode_conversation(processor, sample, max_length=4096) for sample in samples]
     teacher = TransformersTeacher(TeacherConfig(model=str(folder / "teacher")))
-    targets = teacher.compute(conversations, topk=8, question_rows=[True] * len(conversations))
+    targets = compute_targets(teacher, conversations, topk=8, question_rows=[True] * len(conversations))
     shutil.rmtree(folder)
     return targets

@@ -12,7 +12,7 @@ from teacher_cache.build_plan import plan_shards
 from teacher_cache.chat import encode_conversation, load_processor
 from teacher_cache.config import BuildConfig, CacheConfig, DataConfig, TargetsConfig, TeacherConfig
 from teacher_cache.samples import read_samples
-from teacher_cache.teacher import TransformersTeacher, load_teacher_head
+from teacher_cache.teacher import TransformersTeacher, compute_targets, load_teacher_head
 from teacher_cache.writer import create_or_open_builder
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -75,7 +75,7 @@ def build_small_cache(
     encoded = [encode_conversation(processor, sample, max_length=512) for sample in samples]
     engine = TransformersTeacher(config.teacher)
     wanted = [sample.sample_id not in without_question_rows for sample in samples]
-    targets = engine.compute(encoded, topk=config.targets.topk, question_rows=wanted)
+    targets = compute_targets(engine, encoded, topk=config.targets.topk, question_rows=wanted)
     plan = plan_shards(samples, samples_per_shard=len(samples))
     writer = create_or_open_builder(
         config.uri, identity={"test": "small"}, plan=plan, provenance={}, head=load_teacher_head(config.teacher)

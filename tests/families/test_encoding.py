@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from teacher_cache.chat import image_token_id, load_processor, tokenizer_of
 from teacher_cache.config import TeacherConfig
+from teacher_cache.head_check import ScoredRows, check_head_agrees
 from teacher_cache.teacher import (
     TransformersTeacher,
-    check_head_agrees,
+    compute_targets,
     load_teacher_head,
     processing_identity,
     teacher_identity,
@@ -70,10 +71,9 @@ def test_the_head_is_the_models_own(name: str, directories: Directories) -> None
         name, (1.0, 3.0 if name == "gemma2" else None)
     )
     conversations = encode(path, samples_of((FAMILIES | HEADS)[name]))
-    found = TransformersTeacher(config_of(path)).compute(
-        conversations, topk=1, question_rows=[False] * len(conversations)
-    )
-    assert check_head_agrees(found, head=head) <= 1e-4
+    teacher = TransformersTeacher(config_of(path))
+    found = compute_targets(teacher, conversations, topk=1, question_rows=[False] * len(conversations))
+    assert check_head_agrees([ScoredRows.of(sample, count=100) for sample in found], head=head) <= 1e-4
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from teacher_cache.config import BuildConfig, Dtype, TeacherConfig
+from teacher_cache.head_check import ScoredRows, check_head_agrees
 from teacher_cache.schema import EncodedConversation, TeacherTargets
-from teacher_cache.teacher import TransformersTeacher, check_head_agrees, load_teacher_head
+from teacher_cache.teacher import TransformersTeacher, compute_targets, load_teacher_head
 from teacher_cache.vllm_teacher import VllmTeacher
 from tests.families.conftest import Directories
 from tests.families.models import FAMILIES, HEADS
@@ -38,7 +39,7 @@ def compute_with_vllm(
 ) -> list[TeacherTargets]:
     build = BuildConfig(max_batched_tokens=MAX_LENGTH, kv_cache_gib=0.0625)
     teacher = VllmTeacher(TeacherConfig(model=str(path), dtype=dtype), build=build, max_length=MAX_LENGTH)
-    found = teacher.compute(conversations, topk=TOPK, question_rows=[True] * len(conversations))
+    found = compute_targets(teacher, conversations, topk=TOPK, question_rows=[True] * len(conversations))
     teacher.close()
     return found
 
@@ -47,7 +48,7 @@ def compute_with_transformers(
     path: Path, conversations: Sequence[EncodedConversation], *, dtype: Dtype
 ) -> list[TeacherTargets]:
     teacher = TransformersTeacher(TeacherConfig(model=str(path), dtype=dtype))
-    return teacher.compute(conversations, topk=TOPK, question_rows=[True] * len(conversations))
+    return compute_targets(teacher, conversations, topk=TOPK, question_rows=[True] * len(conversations))
 
 
 def all_rows(targets: TeacherTargets) -> Tensor:
@@ -104,7 +105,7 @@ def test_answer_scores_agree_with_transformers(computed: Computed) -> None:
 @pytest.mark.slow
 def test_the_stored_head_gives_the_engines_own_scores(computed: Computed) -> None:
     head = load_teacher_head(TeacherConfig(model=str(computed.path), dtype="float32"))
-    difference = check_head_agrees(computed.found, head=head)
+    difference = check_head_agrees([ScoredRows.of(sample, count=100) for sample in computed.found], head=head)
     print(f"{computed.name}: largest difference through the stored head {difference:.1e} nats")
     assert difference <= LOGPROB_TOLERANCE
 

@@ -38,7 +38,7 @@ def fill(config: CacheConfig, *, shards: int | None = None) -> None:
     worker = ShardWorker(config, writer=writer, identity={}, log_file=None)
     by_id = {sample.sample_id: sample for sample in samples.samples}
     for shard in writer.missing_shards()[:shards]:
-        worker.build(shard.shard_id, [by_id[sample_id] for sample_id in shard.sample_ids])
+        list(worker.build(shard.shard_id, [by_id[sample_id] for sample_id in shard.sample_ids]))
     worker.close()
 
 

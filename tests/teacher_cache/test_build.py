@@ -27,8 +27,9 @@ from teacher_cache.config import BuildConfig, CacheConfig, DataConfig, TargetsCo
 from teacher_cache.errors import CacheMismatch, ConfigError, DataError, TeacherError
 from teacher_cache.reader import TeacherCache
 from teacher_cache.samples import read_samples
-from teacher_cache.shard_worker import ShardWorker
-from teacher_cache.teacher import TransformersTeacher
+from teacher_cache.shard_worker import ShardReport, ShardWorker
+from teacher_cache.spot_check import TOLERANCE, is_spot_checked
+from teacher_cache.teacher import TransformersTeacher, compute_targets
 from teacher_cache.verify import verify_cache
 from tests.teacher_cache.conversations import MAX_LENGTH, encode_digits
 from tests.teacher_cache.test_vllm_teacher import FLOAT32_TOLERANCE, largest_difference
@@ -84,7 +85,9 @@ def vllm_cache(
 ) -> Path:
     """A cache built by vLLM in two actors, one of which was killed on the way."""
     uri = tmp_path_factory.mktemp("build") / "cache"
-    config = make_config(uri, model=tiny_qwen2_vl, data=digit_samples, engine="vllm", num_replicas=2)
+    config = make_config(
+        uri, model=tiny_qwen2_vl, data=digit_samples, engine="vllm", num_replicas=2, spot_check_every=4
+    )
     killed: list[int] = []
     killer = threading.Thread(target=kill_first_worker, args=(uri, killed))
     killer.start()
@@ -102,6 +105,12 @@ def test_vllm_builds_in_several_actors_and_survives_a_killed_one(
     cache = open_cache(str(vllm_cache))
     shards = cache.provenance["shards"]
     assert {shard["engine"] for shard in shards} == {"vllm"}
+    checked = [shard["spot_check"] for shard in shards]
+    chosen = [
+        cache.sample_digest(id_) for id_ in cache.sample_ids if is_spot_checked(cache.sample_digest(id_), every=4)
+    ]
+    assert sum(check["samples"] for check in checked) == len(chosen) > 0
+    assert 0 < max(check["hidden_relative_l2"] for check in checked) <= TOLERANCE["float32"]
     assert len({shard["actor_id"] for shard in shards}) >= 2
     assert verify_cache(str(vllm_cache)).ok
 
@@ -110,7 +119,7 @@ def test_vllm_builds_in_several_actors_and_survives_a_killed_one(
     stored = [sample.question_hidden_states is not None for sample in found]
     assert 0 < sum(stored) < 28
     reference = TransformersTeacher(TeacherConfig(model=str(tiny_qwen2_vl), dtype="float32"))
-    expected = reference.compute(conversations, topk=TARGETS.topk, question_rows=stored)
+    expected = compute_targets(reference, conversations, topk=TARGETS.topk, question_rows=stored)
     difference = max(largest_difference(left, right) for left, right in zip(found, expected, strict=True))
     print(f"cache built by vLLM: largest difference from transformers {difference:.2e}")
     assert difference <= FLOAT32_TOLERANCE
@@ -175,7 +184,8 @@ def test_an_image_that_the_processor_refuses_costs_one_sample(tiny_qwen2_vl: Pat
     config = with_data(make_config(tmp_path / "cache", model=tiny_qwen2_vl, data=data), max_skipped_samples=1)
     samples = read_samples(config.data)
     worker = ShardWorker(config, writer=open_builder(config, samples), identity={}, log_file=None)
-    report = worker.build("shard-000000", samples.samples)
+    *_, report = worker.build("shard-000000", samples.samples)
+    assert isinstance(report, ShardReport)
     assert [(bad.sample_id, bad.reason) for bad in report.skipped] == [("thin", "not-encodable")]
     assert open_cache(config.uri).sample_ids == ("good",)
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from teacher_cache.answer_scores import pack, score_logits, unpack
 from teacher_cache.config import TeacherConfig
 from teacher_cache.errors import ConfigError, SampleError, TeacherError
-from teacher_cache.schema import TeacherHead
+from teacher_cache.head_check import ScoredRows, check_head_agrees, head_logprobs
+from teacher_cache.schema import TeacherHead, TeacherTargets
 from teacher_cache.teacher import (
     TransformersTeacher,
-    check_head_agrees,
-    head_logprobs,
+    compute_targets,
     load_teacher_head,
     make_targets,
     processing_identity,
@@ -42,8 +42,8 @@ def edit_json(path: Path, **changes: object) -> None:
 
 def test_rows_and_scores_are_those_of_the_plain_forward(tiny_qwen2_vl: Path, digit_samples: Path) -> None:
     conversations = encode_digits(tiny_qwen2_vl, digit_samples)
-    found = TransformersTeacher(config_of(tiny_qwen2_vl)).compute(
-        conversations, topk=5, question_rows=[True] * len(conversations)
+    found = compute_targets(
+        TransformersTeacher(config_of(tiny_qwen2_vl)), conversations, topk=5, question_rows=[True] * len(conversations)
     )
     model = transformers.AutoModelForImageTextToText.from_pretrained(tiny_qwen2_vl).eval()
     for conversation, targets in zip(conversations, found, strict=True):
@@ -68,8 +68,8 @@ def test_rows_and_scores_are_those_of_the_plain_forward(tiny_qwen2_vl: Path, dig
 
 def test_question_rows_are_left_out_where_they_are_not_wanted(tiny_qwen2: Path) -> None:
     conversations = encode_all(tiny_qwen2, text_samples(count=2))
-    first, second = TransformersTeacher(config_of(tiny_qwen2)).compute(
-        conversations, topk=1, question_rows=[False, True]
+    first, second = compute_targets(
+        TransformersTeacher(config_of(tiny_qwen2)), conversations, topk=1, question_rows=[False, True]
     )
     assert first.question_hidden_states is None
     assert second.question_hidden_states is not None
@@ -77,7 +77,7 @@ def test_question_rows_are_left_out_where_they_are_not_wanted(tiny_qwen2: Path) 
 
 def test_more_topk_than_vocabulary_is_refused(tiny_qwen2: Path) -> None:
     with pytest.raises(ConfigError, match=r"targets\.topk.*320"):
-        TransformersTeacher(config_of(tiny_qwen2)).compute([], topk=321, question_rows=[])
+        compute_targets(TransformersTeacher(config_of(tiny_qwen2)), [], topk=321, question_rows=[])
 
 
 def test_incomplete_weights_are_refused(copied_qwen2: Path) -> None:
@@ -146,16 +146,20 @@ def test_head_check_accepts_own_rows_and_catches_rows_off_by_one(tiny_qwen2: Pat
     config = config_of(tiny_qwen2)
     head = load_teacher_head(config)
     conversations = encode_all(tiny_qwen2, text_samples())
-    found = TransformersTeacher(config).compute(conversations, topk=2, question_rows=[False] * 6)
-    assert check_head_agrees(found, head=head) < 1e-4
+    found = compute_targets(TransformersTeacher(config), conversations, topk=2, question_rows=[False] * 6)
+
+    def difference(samples: list[TeacherTargets]) -> float:
+        return check_head_agrees([ScoredRows.of(sample, count=3) for sample in samples], head=head)
+
+    assert difference(found) < 1e-4
     shifted = [dataclasses.replace(sample, hidden_states=sample.hidden_states.roll(1, dims=0)) for sample in found]
     with pytest.raises(TeacherError, match="output head"):
-        check_head_agrees(shifted, head=head)
+        difference(shifted)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_head_logprobs_equal_a_full_log_softmax(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacher_cache.teacher.HEAD_CHECK_VOCAB", 7)
+    monkeypatch.setattr("teacher_cache.head_check.HEAD_CHECK_VOCAB", 7)
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(23, 5, generator=generator), torch.randn(23, generator=generator)
     rows, ids = torch.randn(11, 5, generator=generator), torch.randint(23, (11,), generator=generator)

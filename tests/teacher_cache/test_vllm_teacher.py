@@ -10,8 +10,9 @@ import torch
 
 from teacher_cache.config import BuildConfig, Dtype, TeacherConfig
 from teacher_cache.errors import SampleError, TeacherError
+from teacher_cache.head_check import ScoredRows, check_head_agrees
 from teacher_cache.schema import EncodedConversation, TeacherTargets
-from teacher_cache.teacher import TransformersTeacher, check_head_agrees, load_teacher_head
+from teacher_cache.teacher import TransformersTeacher, compute_targets, load_teacher_head
 from teacher_cache.vllm_plugin import PREFIX, register_class
 from teacher_cache.vllm_teacher import VllmTeacher
 from tests.teacher_cache.conversations import MAX_LENGTH, encode_all, encode_digits, text_samples
@@ -40,15 +41,16 @@ def assert_agrees(
 ) -> None:
     config = TeacherConfig(model=str(model), dtype=dtype)
     wanted = [index % 2 == 0 for index in range(len(conversations))]
-    found = teacher.compute(conversations, topk=TOPK, question_rows=wanted)
-    expected = TransformersTeacher(config).compute(conversations, topk=TOPK, question_rows=wanted)
+    found = compute_targets(teacher, conversations, topk=TOPK, question_rows=wanted)
+    expected = compute_targets(TransformersTeacher(config), conversations, topk=TOPK, question_rows=wanted)
     difference = max(largest_difference(left, right) for left, right in zip(found, expected, strict=True))
     print(f"{model.parent.name} {dtype}: largest difference from transformers {difference:.2e}")
     assert difference <= tolerance
     assert all(sample.hidden_states.dtype == getattr(torch, dtype) for sample in found)
     if dtype == "float32":
         assert all(torch.equal(left.topk_ids, right.topk_ids) for left, right in zip(found, expected, strict=True))
-    assert check_head_agrees(found, head=load_teacher_head(config)) <= 1e-4
+    rows = [ScoredRows.of(sample, count=100) for sample in found]
+    assert check_head_agrees(rows, head=load_teacher_head(config)) <= 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +73,9 @@ def test_batch_mates_do_not_change_a_sample(
     chunking_qwen2_vl: VllmTeacher, tiny_qwen2_vl: Path, digit_samples: Path
 ) -> None:
     conversations = encode_digits(tiny_qwen2_vl, digit_samples)
-    together = chunking_qwen2_vl.compute(conversations, topk=TOPK, question_rows=[True] * 6)
+    together = compute_targets(chunking_qwen2_vl, conversations, topk=TOPK, question_rows=[True] * 6)
     for conversation, sample in zip(conversations, together, strict=True):
-        (alone,) = chunking_qwen2_vl.compute([conversation], topk=TOPK, question_rows=[True])
+        (alone,) = compute_targets(chunking_qwen2_vl, [conversation], topk=TOPK, question_rows=[True])
         assert largest_difference(alone, sample) <= 1e-5
 
 
@@ -83,7 +85,7 @@ def test_a_prompt_given_already_expanded_is_caught(
     (conversation,) = encode_digits(tiny_qwen2_vl, digit_samples, count=1)
     expanded = dataclasses.replace(conversation, prompt_token_ids=tuple(conversation.token_ids.tolist()))
     with pytest.raises(TeacherError, match="one placeholder per image"):
-        chunking_qwen2_vl.compute([expanded], topk=TOPK, question_rows=[True])
+        compute_targets(chunking_qwen2_vl, [expanded], topk=TOPK, question_rows=[True])
 
 
 def test_a_prompt_that_the_engine_refuses_costs_one_sample(
@@ -92,9 +94,9 @@ def test_a_prompt_that_the_engine_refuses_costs_one_sample(
     good, bad = encode_digits(tiny_qwen2_vl, digit_samples, count=2)
     bad = dataclasses.replace(bad, prompt_token_ids=(1,) * (MAX_LENGTH + 1))
     with pytest.raises(SampleError) as caught:
-        chunking_qwen2_vl.compute([good, bad], topk=TOPK, question_rows=[True, True])
+        compute_targets(chunking_qwen2_vl, [good, bad], topk=TOPK, question_rows=[True, True])
     assert (caught.value.sample_id, caught.value.reason) == (bad.sample_id, "engine-refused")
-    assert len(chunking_qwen2_vl.compute([good], topk=TOPK, question_rows=[True])) == 1
+    assert len(compute_targets(chunking_qwen2_vl, [good], topk=TOPK, question_rows=[True])) == 1
 
 
 def test_internvl_agrees(tiny_internvl: Path, digit_samples: Path) -> None:

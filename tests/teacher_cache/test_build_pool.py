@@ -1,0 +1,165 @@
+"""The pool of a build with actors that misbehave, under a real Ray, and the spot check of a shard."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from teacher_cache import open_cache
+from teacher_cache.build import import_ray
+from teacher_cache.build_job import BuildJob, StopRequest
+from teacher_cache.build_metrics import BuildMetrics
+from teacher_cache.build_placement import ReplicaPlacement, replica_resources
+from teacher_cache.build_plan import open_builder
+from teacher_cache.build_pool import BuildPool
+from teacher_cache.claims import Claims
+from teacher_cache.config import BuildConfig, CacheConfig
+from teacher_cache.errors import ConfigError, TeacherError
+from teacher_cache.sample_file import SampleFile, scan_samples
+from teacher_cache.samples import read_samples
+from teacher_cache.shard_worker import ShardProgress, ShardReport, ShardWorker
+from teacher_cache.spot_check import ReferenceRows, is_spot_checked
+from teacher_cache.teacher import TransformersTeacher, compute_targets
+from teacher_cache.verify import verify_cache
+from tests.teacher_cache.conversations import encode_digits
+from tests.teacher_cache.test_build import local_ray, make_config
+
+__all__ = ["local_ray"]
+
+
+class StuckActor:
+    """Never gives a sign, or one sign and then none."""
+
+    def __init__(self, signs: int) -> None:
+        self.signs = signs
+
+    def ready(self) -> None:
+        pass
+
+    def build(self, *_: Any) -> Iterator[ShardProgress]:
+        for _ in range(self.signs):
+            yield ShardProgress(samples=1, tokens=10)
+        time.sleep(600)
+
+
+class Placement(ReplicaPlacement):
+    """Starts stuck actors at first, then the real ones."""
+
+    def __init__(self, ray: Any, config: CacheConfig, *, stuck: list[int]) -> None:
+        super().__init__(ray, config)
+        self.stuck = stuck
+        self.started = 0
+
+    def start(self, actor_class: type, *arguments: Any) -> Any:
+        self.started += 1
+        if self.stuck:
+            return super().start(StuckActor, self.stuck.pop(0))
+        return super().start(actor_class, *arguments)
+
+
+def run_pool(config: CacheConfig, *, stuck: list[int], log_dir: Path) -> tuple[BuildJob, Placement]:
+    ray = import_ray()
+    table = scan_samples(config.data)
+    writer = open_builder(config, table)
+    placement = Placement(ray, config, stuck=stuck)
+    with SampleFile(config.data) as file, Claims(writer.store, lease_s=60) as claims:
+        job = BuildJob(
+            config=config,
+            writer=writer,
+            samples={sample.sample_id: sample for sample in table.samples},
+            file=file,
+            skipped=[],
+            log_dir=log_dir,
+        )
+        BuildPool(
+            job,
+            stop=StopRequest(),
+            ray=ray,
+            claims=claims,
+            placement=placement,
+            metrics=BuildMetrics(uri=config.uri),
+            references={},
+        ).run(job.missing_shards())
+    return job, placement
+
+
+def test_hung_replicas_are_replaced_and_their_shards_built(
+    local_ray: None, tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(
+        tmp_path / "cache", model=tiny_qwen2_vl, data=digit_samples, stall_timeout_s=20, max_attempts=3
+    ).model_copy(update={"samples_per_shard": 14})
+    job, placement = run_pool(config, stuck=[1, 2], log_dir=tmp_path)
+    assert placement.started == 3, "two that hung, and the one that built both shards"
+    assert "attempt 2 of 3 failed: its replica has finished no sample for 20 s and was killed" in caplog.text
+    assert sorted(report.shard_id for report in job.reports) == ["shard-000000", "shard-000001"]
+    report = verify_cache(config.uri)
+    assert (report.problems, report.missing_shards, report.samples) == ((), (), 28)
+
+
+def test_a_replica_that_never_starts_is_named(
+    local_ray: None, tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path / "cache", model=tiny_qwen2_vl, data=digit_samples, start_timeout_s=2, max_attempts=1)
+    with pytest.raises(TeacherError, match=r"has not started its engine for 2 s and was killed.*Engine logs are in"):
+        run_pool(config, stuck=[0, 0], log_dir=tmp_path)
+
+
+def test_a_sample_that_differs_from_the_reference_stops_its_shard(
+    tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path / "cache", model=tiny_qwen2_vl, data=digit_samples).model_copy(
+        update={"samples_per_shard": 28}
+    )
+    samples = read_samples(config.data)
+    worker = ShardWorker(config, writer=open_builder(config, samples), identity={}, log_file=None)
+    conversations = encode_digits(tiny_qwen2_vl, digit_samples, count=3)
+    targets = compute_targets(worker.teacher, conversations, topk=8, question_rows=[False] * 3)
+    references = [ReferenceRows.of(one) for one in targets]
+
+    off = dataclasses.replace(references[1], rows=references[1].rows.roll(1, dims=1))
+    with pytest.raises(TeacherError, match=rf"{off.sample_id}: its hidden states differ .* by \d.*relative L2"):
+        list(worker.build("shard-000000", samples.samples, references=[references[0], off]))
+    other = dataclasses.replace(references[2], token_ids=references[2].token_ids + 1)
+    with pytest.raises(TeacherError, match=f"{other.sample_id}: the engine saw other tokens"):
+        list(worker.build("shard-000000", samples.samples, references=[other]))
+    assert open_cache(config.uri, allow_incomplete=True).sample_ids == ()
+    assert list((tmp_path / "cache").glob("shards/*")) == []
+
+    *_, report = worker.build("shard-000000", samples.samples, references=references)
+    assert isinstance(report, ShardReport)
+    assert report.spot_check.samples == 3
+    assert report.spot_check.hidden_relative_l2 == 0
+    assert len(open_cache(config.uri)) == 28
+
+
+def test_one_in_so_many_is_checked_whatever_its_id() -> None:
+    digests = [f"{number:064x}"[::-1] for number in range(3000)]
+    chosen = {every: [d for d in digests if is_spot_checked(d, every=every)] for every in (0, 1, 10)}
+    assert chosen[0] == []
+    assert chosen[1] == digests
+    assert all(is_spot_checked(digest, every=5) for digest in chosen[10])
+
+
+def test_replicas_that_do_not_fit_are_refused_and_large_ones_span_nodes() -> None:
+    build = BuildConfig(num_replicas=2, tensor_parallel_size=8, pipeline_parallel_size=2)
+    found = replica_resources(build, available={"CPU": 64, "GPU": 32}, gpus_per_node=8)
+    assert (found.gpus, found.spans_nodes) == (16, True)
+    assert not replica_resources(build, available={"CPU": 64, "GPU": 32}, gpus_per_node=16).spans_nodes
+    with pytest.raises(ConfigError, match=r"2 replica\(s\) with 16 GPU\(s\) each do not fit .* has 24 GPU"):
+        replica_resources(build, available={"CPU": 64, "GPU": 24}, gpus_per_node=8)
+    assert replica_resources(build, available={"CPU": 64}, gpus_per_node=0).gpus == 0
+
+
+def test_the_reference_keeps_some_rows_of_a_long_answer(tiny_qwen2_vl: Path, digit_samples: Path) -> None:
+    (conversation,) = encode_digits(tiny_qwen2_vl, digit_samples, count=1)
+    config = make_config(Path("unused"), model=tiny_qwen2_vl, data=digit_samples)
+    (targets,) = compute_targets(TransformersTeacher(config.teacher), [conversation], topk=2, question_rows=[True])
+    long = dataclasses.replace(targets, hidden_states=torch.randn(500, 8))
+    kept = ReferenceRows.of(long)
+    assert (len(kept.rows), kept.places[0], kept.places[-1]) == (64, 0, 499)
+    assert torch.equal(kept.rows, long.hidden_states[kept.places])
