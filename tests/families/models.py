@@ -150,6 +150,14 @@ def _qwen3_vl(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     )
 
 
+def _internvl_with_large_tower(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """As the InternVLs from 38B on: the tower of 6B, which has other norms and no biases, and a Qwen3 body."""
+    config = CONFIGS["internvl"](spec, tokenizer)
+    tower = {"use_qk_norm": True, "norm_type": "rms_norm", "attention_bias": False}
+    config.vision_config.update(tower)
+    return config
+
+
 def _llava(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
     config = CONFIGS["llava"](spec, tokenizer)
     config.vision_feature_layer = -2
@@ -246,7 +254,9 @@ FAMILIES = {
     "internvl-llama": replace(
         INTERNVL, spec=replace(INTERNVL.spec, text_model="llama", tokenizer="unigram", vocab_size=224)
     ),
-    "internvl-qwen3": replace(INTERNVL, spec=replace(INTERNVL.spec, text_model="qwen3")),
+    "internvl-qwen3": replace(
+        INTERNVL, spec=replace(INTERNVL.spec, text_model="qwen3"), configure=_internvl_with_large_tower
+    ),
     "llava": Family(
         spec=replace(BASE, family="llava", tokenizer="metaspace-bpe", vocab_size=256),
         chat=CHAT_FORMATS["llava"],
