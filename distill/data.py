@@ -1,10 +1,7 @@
 """Join cache rows with the student's own tokenisation, in an order that only the seed and the step decide."""
 
-import itertools
 import logging
-import queue
-import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -234,39 +231,3 @@ def global_batches(
     for step in range(start, stop):
         share = rank_share(order.step(step), rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
         yield [data.batch(indices.tolist()) for indices in share]
-
-
-def prefetch(items: Iterator[list[Batch]], *, depth: int = 1) -> Generator[list[Batch]]:
-    """Yield the items while a thread prepares the next ones; its exceptions are raised here."""
-    ready: queue.Queue[tuple[list[Batch] | None, BaseException | None]] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: list[Batch] | None, error: BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                ready.put((item, error), timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in itertools.takewhile(lambda _: not stopped.is_set(), items):
-                put(item, None)
-            put(None, None)
-        except BaseException as error:
-            put(None, error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stopped.set()
-        thread.join()

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from distill.batch import Batch, to_device
 from distill.checkpoint import find_checkpoint, save_checkpoint
 from distill.config import STAGES, StageConfig, TrainConfig
-from distill.data import JoinedData, SampleOrder, global_batches, prefetch
+from distill.data import JoinedData, SampleOrder, global_batches
 from distill.engine import Engine
 from distill.features import probe_batches, write_features
 from distill.metrics import GAP_METRIC, MetricsFile, console_line, learning_rate, loss_metrics, warn_of_small_gap
@@ -22,6 +22,7 @@ from distill.processes import Processes
 from distill.signals import Signals
 from distill.stages import Counts, StageLosses, Totals, batch_counts
 from teacher_cache.errors import GenrecalError
+from teacher_cache.prefetch import Prefetch
 from teacher_cache.progress import Progress, progress
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def run_steps(loop: Loop) -> None:
     if start == 0:
         write_features(loop.engine, probe, loop.directory / "features_first.safetensors", processes=loop.processes)
     with (
-        closing(_batches(loop, start=start)) as batches,
+        _batches(loop, start=start) as batches,
         closing(_metrics_file(loop, start=start)) as metrics,
         _progress(loop, start=start) as bar,
     ):
@@ -96,8 +97,8 @@ def _resume(loop: Loop) -> int:
     return checkpoint.step
 
 
-def _batches(loop: Loop, *, start: int) -> Generator[list[Batch]]:
-    return prefetch(
+def _batches(loop: Loop, *, start: int) -> Prefetch[list[Batch]]:
+    return Prefetch(
         global_batches(
             loop.data,
             order=loop.order,

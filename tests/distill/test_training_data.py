@@ -1,4 +1,4 @@
-"""Order of samples, the join of cache and student, fillers, prefetching."""
+"""Order of samples, the join of cache and student, fillers."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distill.batch import Batch, collate
 from distill.config import StudentConfig, TrainConfig
-from distill.data import JoinedData, SampleOrder, StudentEncoder, join_cache, prefetch, rank_share
+from distill.data import JoinedData, SampleOrder, StudentEncoder, join_cache, rank_share
 from distill.stages import stage_spec
 from teacher_cache import open_cache
 from teacher_cache.chat import load_processor
@@ -205,29 +205,6 @@ def test_kd_refuses_another_tokenizer(cache: CacheConfig, tiny_llava: Path, tiny
     batch = join(cache, tiny_qwen2_vl, stage="distill", method="kd").batch([0, 1])
     assert batch.topk is not None
     assert batch.topk.ids.shape == (len(batch.student.labels), 8)
-
-
-def test_prefetch_hands_over_items_and_errors() -> None:
-    def items():
-        yield ["a"]
-        yield ["b"]
-        raise DataError("broken sample")
-
-    received = []
-    with pytest.raises(DataError, match="broken sample"):  # noqa: PT012
-        for item in prefetch(items()):
-            received.extend(item)
-    assert received == ["a", "b"]
-
-
-def test_prefetch_can_be_left_early() -> None:
-    def endless():
-        while True:
-            yield ["x"]
-
-    batches = prefetch(endless())
-    assert next(batches) == ["x"]
-    batches.close()
 
 
 def test_boundary_row_can_be_left_out(cache: CacheConfig, tiny_llava: Path) -> None:
