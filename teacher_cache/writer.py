@@ -11,7 +11,7 @@ from teacher_cache.codec import encode_teacher_head, load_teacher_head
 from teacher_cache.config import Compression, RowCodec, Sharing
 from teacher_cache.documents import plain_json
 from teacher_cache.durable_files import digest_bytes
-from teacher_cache.errors import CacheError, CacheMismatch, CacheNotFound, ConfigError
+from teacher_cache.errors import CacheCorrupt, CacheError, CacheMismatch, CacheNotFound, ConfigError
 from teacher_cache.gc import LEFTOVERS, find_leftovers, sweep
 from teacher_cache.ledger import COMMITS, CommitRecord, read_record, read_standing, standing_revisions
 from teacher_cache.manifest import (
@@ -173,7 +173,12 @@ class CacheWriter:
         return True
 
     def standing_record(self, shard: PlannedShard) -> CommitRecord:
-        """Return the record that stands for a committed shard, once its name is durable."""
+        """Return the record that stands for a committed shard, once its name is durable.
+
+        Raises:
+            CacheCorrupt: it is gone.
+            CacheError: the store refused a step.
+        """
         with _store_errors(f"shard {shard.shard_id}: cannot make sure of its record in {self.uri}/{COMMITS}"):
             self.store.sync(COMMITS)
         return self._record(shard, standing_revisions(self.store))
@@ -222,7 +227,11 @@ class CacheWriter:
         return {shard.shard_id for shard in self.missing_shards()}
 
     def _record(self, shard: PlannedShard, standing: dict[str, int]) -> CommitRecord:
-        revision = standing[shard.shard_id]
+        revision = standing.get(shard.shard_id)
+        if revision is None:
+            raise CacheCorrupt(
+                f"shard {shard.shard_id}: its commit record is gone from {self.uri}/{COMMITS}; run the build again"
+            )
         return read_record(self.store, shard, revision=revision, fingerprint=self.fingerprint)[0]
 
 

@@ -108,3 +108,12 @@ def test_a_repair_closes_a_gap_while_an_extension_is_under_way(root: Path, lost:
     require_latest(root, count=3)
     build(root, SAMPLES, per_shard=1)
     require_latest(root, count=4)
+
+
+def test_an_attempt_that_finds_the_standing_record_gone_says_so(root: Path) -> None:
+    writer = open_builder(root, SAMPLES[:3], per_shard=1)
+    with writer.start_shard("00000") as attempt:
+        attempt.append(SAMPLES[0])
+        (root / "commits" / "00000.0.json").unlink()
+        with pytest.raises(CacheCorrupt, match="shard 00000: its commit record is gone"):
+            attempt.commit(skipped=(), provenance={})
