@@ -163,7 +163,7 @@ def zstd_ratio(field: Field) -> float:
 
 
 def head_bytes(head: HeadShape, *, dtype: str) -> int:
-    """Return the length of the file that holds the teacher's output projection."""
+    """Return the length of the file that holds the teacher's output projection, give or take its padding."""
     small = torch.zeros(1, dtype=getattr(torch, dtype))
     frame = encode_teacher_head(TeacherHead(weight=small[None], bias=small if head.has_bias else None))
     elements = head.vocab_size * (head.hidden_size + head.has_bias)
