@@ -1,5 +1,7 @@
 """Every family as a student: names of its parts, padded batches, the Recalibrator's blocks, a step of two stages."""
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,12 +15,13 @@ from distill.stages import StageModel, stage_spec
 from distill.student import last_hidden_state, load_student, name_parts
 from distill.trainer import train_student
 from recalibrator import Recalibrator, RecalibratorConfig
-from teacher_cache.config import CacheConfig
+from teacher_cache.config import CacheConfig, TeacherConfig
 from teacher_cache.schema import TeacherHead
+from teacher_cache.teacher import TransformersTeacher
 from tests.distill.small_cache import build_small_cache, write_data
 from tests.distill.small_runs import STAGE, read_metrics, student_config, train_config
 from tests.families.conftest import Directories
-from tests.families.models import FAMILIES, LARGE, SMALL
+from tests.families.models import FAMILIES, HEADS, LARGE, SMALL
 from tests.families.samples import encode, samples_of
 
 QWEN_PARTS = {
@@ -99,6 +102,23 @@ def test_a_sample_in_a_padded_batch_equals_the_sample_alone(name: str, directori
             ids = torch.from_numpy(conversation.token_ids).long()[None]
             alone = student.base_model(input_ids=ids, **conversation.model_inputs).last_hidden_state[0]
             torch.testing.assert_close(row[: len(alone)], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_soft_cap_on_attention_scores_takes_effect(directories: Directories, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(directories("gemma2"), tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"attn_logit_softcapping": 0.1}))
+    (conversation,) = encode(path, samples_of(HEADS["gemma2"])[:1])
+    ids = torch.from_numpy(conversation.token_ids).long()[None]
+    rows = []
+    for model in (directories("gemma2"), path):
+        student = load_student(model, dtype="float32").eval()
+        teacher = TransformersTeacher(TeacherConfig(model=str(model), dtype="float32")).model
+        with torch.inference_mode():
+            both = [each.base_model(input_ids=ids).last_hidden_state for each in (student, teacher)]
+        assert torch.equal(*both)
+        rows.append(both[0])
+    assert float((rows[0] - rows[1]).norm() / rows[0].norm()) > 0.01
 
 
 @pytest.mark.parametrize("name", FAMILIES)

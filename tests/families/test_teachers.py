@@ -1,5 +1,6 @@
 """Every family as a teacher in vLLM, against the plain transformers forward."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from teacher_cache.config import BuildConfig, Dtype, TeacherConfig
+from teacher_cache.errors import TeacherError
 from teacher_cache.head_check import ScoredRows, check_head_agrees
 from teacher_cache.schema import EncodedConversation, TeacherTargets
 from teacher_cache.teacher import TransformersTeacher, compute_targets, load_teacher_head
 from teacher_cache.vllm_teacher import VllmTeacher
 from tests.families.conftest import Directories
-from tests.families.models import FAMILIES, HEADS
+from tests.families.models import FAMILIES, HEADS, write_family
 from tests.families.samples import MAX_LENGTH, encode, samples_of
 
 RELATIVE_TOLERANCE = 1e-5
@@ -81,7 +83,7 @@ def test_rows_agree_with_transformers(computed: Computed) -> None:
         found.sample_id: relative_difference(all_rows(found), all_rows(expected))
         for found, expected in zip(computed.found, computed.expected, strict=True)
     }
-    print(f"{computed.name}: largest relative difference of vLLM's rows {max(differences.values()):.1e}")
+    print(f"FAMILY: {computed.name}: largest relative difference of vLLM's rows {max(differences.values()):.1e}")
     assert max(differences.values()) < RELATIVE_TOLERANCE, differences
 
 
@@ -106,7 +108,7 @@ def test_answer_scores_agree_with_transformers(computed: Computed) -> None:
 def test_the_stored_head_gives_the_engines_own_scores(computed: Computed) -> None:
     head = load_teacher_head(TeacherConfig(model=str(computed.path), dtype="float32"))
     difference = check_head_agrees([ScoredRows.of(sample, count=100) for sample in computed.found], head=head)
-    print(f"{computed.name}: largest difference through the stored head {difference:.1e} nats")
+    print(f"FAMILY: {computed.name}: largest difference through the stored head {difference:.1e} nats")
     assert difference <= LOGPROB_TOLERANCE
 
 
@@ -123,5 +125,16 @@ def test_bfloat16_is_as_near_to_float32_as_in_transformers(name: str, directorie
         )
         for engine, compute in engines.items()
     }
-    print(f"{name}: bfloat16 against float32: " + ", ".join(f"{key} {value:.2e}" for key, value in found.items()))
+    print(
+        f"FAMILY: {name}: bfloat16 against float32: " + ", ".join(f"{key} {value:.2e}" for key, value in found.items())
+    )
     assert found["vLLM"] <= BFLOAT16_EXCESS * found["transformers"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.published_name])
+def test_vllm_misses_weights_that_are_not_named_as_published(name: str, tmp_path: Path) -> None:
+    write_family(dataclasses.replace(FAMILIES[name], published_name=None), tmp_path)
+    conversations = encode(tmp_path, samples_of(FAMILIES[name]))
+    with pytest.raises(TeacherError, match=r"no module or parameter named 'vision_tower\.embeddings'"):
+        compute_with_vllm(tmp_path, conversations, dtype="float32")

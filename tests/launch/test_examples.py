@@ -179,5 +179,5 @@ def test_each_students_recalibrator_has_the_parameters_counted_by_hand(
             recalibrator = Recalibrator(config)
         found = sum(parameter.numel() for parameter in recalibrator.parameters())
         expected = 2 * sizes.block_parameters() + 2 * sizes.hidden * teacher_hidden + 2 * teacher_hidden
-        print(f"{student.name} with a teacher of width {teacher_hidden}: {found:,} parameters")
+        print(f"FAMILY: {student.name} with a teacher of width {teacher_hidden}: {found:,} parameters")
         assert found == expected
