@@ -474,8 +474,8 @@ class CacheMachine(RuleBasedStateMachine):
         kinds: dict[str, list[str]] = {}
         for name in self.files():
             if name not in self.copies:
-                kinds.setdefault(name.split("/")[0], []).append(name)
-        name = chooser.choice(kinds[chooser.choice(sorted(kinds))])
+                kinds.setdefault("rows" if "/c." in name else name.split("/")[0], []).append(name)
+        name = chooser.choice(kinds["rows" if "rows" in kinds and chooser.random() < 0.4 else chooser.choice([*kinds])])
         path, data = self.root / name, (self.root / name).read_bytes()
         if first:
             # without a snapshot, a record or a part of the plan that is gone was never there
