@@ -7,7 +7,7 @@ they are, bfloat16 as its 16 bits.
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -60,7 +60,7 @@ class Field:
     float_type: str | None = None
     """What the bits stand for where Zarr has no such type."""
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Stored size of one row."""
         return self.dtype.itemsize * math.prod(self.row_shape)

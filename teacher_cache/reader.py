@@ -1,5 +1,6 @@
 """Opens caches for reading: checked on open, random access by sample id, verified rows."""
 
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -226,22 +227,28 @@ class TeacherCache:
         self, sample_ids: Sequence[str], positions: dict[str, int], *, tiers: Collection[Tier], verify: bool
     ) -> dict[str, TeacherTargets]:
         found = {}
+        ahead: deque[tuple[ShardReader, dict[str, RowRange]]] = deque()
         for number, sample_id in enumerate(sample_ids):
-            for coming in sample_ids[number : number + 2] if number == 0 else sample_ids[number + 1 : number + 2]:
+            for coming in sample_ids[number + len(ahead) : number + 2]:
                 reader, ranges = self._ranges(coming, positions[coming], tiers=tiers, verify=verify)
                 for name, rows in ranges.items():
                     reader.prefetch(name, rows)
-            found[sample_id] = self._read_one(sample_id, positions[sample_id], tiers=tiers, verify=verify)
+                ahead.append((reader, ranges))
+            found[sample_id] = self._read_ranges(*ahead.popleft(), positions[sample_id], tiers=tiers)
         return found
 
     def _read_one(self, sample_id: str, position: int, *, tiers: Collection[Tier], verify: bool) -> TeacherTargets:
+        return self._read_ranges(*self._ranges(sample_id, position, tiers=tiers, verify=verify), position, tiers=tiers)
+
+    def _read_ranges(
+        self, reader: ShardReader, ranges: dict[str, RowRange], position: int, *, tiers: Collection[Tier]
+    ) -> TeacherTargets:
         shard = self._index.shard_of(position)
         row = position - int(self._index.first_sample[shard])
-        reader, ranges = self._ranges(sample_id, position, tiers=tiers, verify=verify)
         table, layout = self._index.rows_of_shard(shard), self._index.shards[shard].layout
         assert layout is not None
         return decode_targets(
-            sample_id,
+            ranges["token_ids"].sample_id,
             {name: reader.read(name, rows) for name, rows in ranges.items()},
             spans=table.spans_of(row),
             layout=layout,

@@ -9,12 +9,14 @@ from jaxtyping import Int, Shaped
 
 from teacher_cache.codec import Axis, Layout, stored_fields
 from teacher_cache.errors import CacheCorrupt, CacheError
+from teacher_cache.row_buffers import RowBuffers
 from teacher_cache.row_codec import decompress_chunk
 from teacher_cache.shard_writer import OFFSETS, checksum, offsets_field
 from teacher_cache.storage import FileReader, Store, TruncatedFile
 from teacher_cache.zarr_format import CRC_BYTES, INDEX_ENTRY_BYTES, ArrayGeometry, object_name
 
 _TRUSTED_BYTES = 256 * 1024**2
+_BUFFERS = RowBuffers()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class ShardReader:
         if shape[0]:
             try:
                 self._require_present(name, rows)
-                result = np.empty(shape, dtype=geometry.field.dtype)
+                result = _BUFFERS.empty(shape, geometry.field.dtype)
                 self._read_into(name, rows.start, result.reshape(-1).data.cast("B"))
             except (FileNotFoundError, NotADirectoryError, TruncatedFile, ValueError) as error:
                 raise self._corrupt(name, rows.sample_id, f"{type(error).__name__}: {error}") from error

@@ -38,7 +38,7 @@ class ArrayGeometry:
         fitting = max(_CHUNK_BYTES // max(self.field.row_bytes, 1), 1)
         return min(max(1 << (fitting.bit_length() - 1), _MIN_CHUNK_ROWS), _MAX_CHUNK_ROWS)
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         """Length of a chunk's rows, without its checksum."""
         return self.chunk_rows * self.field.row_bytes

@@ -37,7 +37,6 @@ def measure(settings: Settings) -> Iterator[Figure]:
         for _ in range(_RUNS):
             files.drop()
             runs.append(_in_fresh_process(folder))
-        files.close()
         name = f"{settings.open_samples:,} samples, {per_shard} per shard"
         index_mb = sum(path.stat().st_size for path in (folder / "index").iterdir()) / 1e6
         ids_s, ids_mib = np.median([run["ids_s"] for run in runs]), np.median([run["ids_mib"] for run in runs])

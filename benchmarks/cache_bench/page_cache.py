@@ -3,7 +3,7 @@
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _PROT_READ, _MAP_SHARED = 1, 1
@@ -16,12 +16,11 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 class FileSet:
-    """Files that are dropped together; holds them open."""
+    """Files that are dropped together."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """Take files that were synced: dirty pages stay."""
         self._paths = [path for path in paths if path.is_file()]
-        self._descriptors = [os.open(path, os.O_RDONLY) for path in self._paths]
 
     @classmethod
     def under(cls, folder: Path) -> "FileSet":
@@ -29,17 +28,17 @@ class FileSet:
 
     @property
     def size_bytes(self) -> int:
-        return sum(os.fstat(descriptor).st_size for descriptor in self._descriptors)
+        return sum(path.stat().st_size for path in self._paths)
 
     def drop(self) -> None:
         """Have the kernel forget the files' clean pages."""
-        for descriptor in self._descriptors:
+        for descriptor in self._opened():
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def warm(self) -> None:
         """Read everything once."""
         piece = bytearray(1 << 20)
-        for descriptor in self._descriptors:
+        for descriptor in self._opened():
             offset = 0
             while found := os.preadv(descriptor, [piece], offset):
                 offset += found
@@ -47,14 +46,18 @@ class FileSet:
     def resident_share(self) -> float:
         """Return which share of the files' pages is in memory."""
         resident = total = 0
-        for descriptor in self._descriptors:
+        for descriptor in self._opened():
             present, pages = _resident_pages(descriptor)
             resident, total = resident + present, total + pages
         return resident / max(total, 1)
 
-    def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+    def _opened(self) -> Iterator[int]:
+        for path in self._paths:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
 
 
 def sync_under(folder: Path) -> None:

@@ -129,8 +129,6 @@ def _reads(settings: Settings, folder: Path, *, arrays: Sequence[Arrays], peers:
                 own_s=seconds[contender.name],
                 note=f"{middle:.1f} ms per sample",
             )
-    for contender in contenders:
-        contender.files.close()
 
 
 def _require_same(read: Read, arrays: Sequence[Arrays], *, name: str) -> None:

@@ -129,7 +129,6 @@ def measure(settings: Settings) -> Iterator[Figure]:
             yield Figure(section=SECTION, name=f"{case.name}, verified", value=None, note=note)
         else:
             yield from _measure_case(case, settings=settings, folder=folder, files=files, reader=reader)
-    files.close()
     shutil.rmtree(folder)
 
 

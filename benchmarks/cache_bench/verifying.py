@@ -49,7 +49,6 @@ def measure(settings: Settings) -> Iterator[Figure]:
                 bar=BAR,
                 note=f"hashing {speed:.0f} MB/s",
             )
-    files.close()
     shutil.rmtree(folder)
 
 

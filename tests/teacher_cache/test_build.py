@@ -282,11 +282,17 @@ def test_a_signal_ends_the_build_as_incomplete(
     number: signal.Signals, tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path
 ) -> None:
     uri = tmp_path / "cache"
-    config = make_config(uri, model=tiny_qwen2_vl, data=digit_samples).model_copy(update={"samples_per_shard": 1})
+    rows = pa.parquet.read_table(digit_samples).to_pylist()
+    many = tmp_path / "many.parquet"  # so that shards are missing however late the signal comes
+    pa.parquet.write_table(
+        pa.Table.from_pylist([{**row, "id": f"{row['id']}-{n}"} for n in range(20) for row in rows]), many
+    )
+    config = make_config(uri, model=tiny_qwen2_vl, data=many).model_copy(update={"samples_per_shard": 1})
+    config = with_data(config, image_root=str(digit_samples.parent))
     job = start_build(config)
     wait_for_commits(uri, count=1)
     job.send_signal(number)
     assert job.wait() == 3
     report = verify_cache(str(uri))
     assert report.problems == ()
-    assert 0 < len(report.missing_shards) < 28
+    assert 0 < len(report.missing_shards) < 28 * 20
