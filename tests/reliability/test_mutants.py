@@ -39,7 +39,7 @@ def lose_power() -> None:
 
 def lose_power_on_ext4() -> None:
     """R3, a few power cuts."""
-    test_ext4.cut_power(cuts=24)
+    test_ext4.cut_power(cuts=48)
 
 
 def meet_others() -> None:

@@ -30,6 +30,7 @@ from teacher_cache.reader import TeacherCache
 from teacher_cache.repair import repair_cache
 from teacher_cache.schema import TIERS, SkippedSample, Span, TeacherTargets, Tier
 from teacher_cache.shard_attempt import ShardAttempt
+from teacher_cache.snapshot import INDEX
 from teacher_cache.storage import open_store
 from teacher_cache.verify import verify_cache
 from teacher_cache.writer import CacheWriter
@@ -55,6 +56,16 @@ IRREPLACEABLE = ("CACHE.json", "plans/", "teacher_head")
 
 State = dict[str, TeacherTargets]
 """What a complete cache holds, by sample id."""
+
+
+def put(path: Path, data: bytes) -> None:
+    """Give a file other bytes; an index gets them as a new file, for readers that have opened it map it into memory."""
+    if path.parent.name == INDEX:
+        new = path.with_name("new")
+        new.write_bytes(data)
+        new.replace(path)
+    else:
+        path.write_bytes(data)
 
 
 @dataclass
@@ -485,11 +496,11 @@ class CacheMachine(RuleBasedStateMachine):
         if how == "delete":
             path.unlink()
         elif how == "truncate":
-            path.write_bytes(data[: chooser.randrange(len(data))])
+            put(path, data[: chooser.randrange(len(data))])
         else:
             # most of a small array's chunk is padding
             at = chooser.randrange(min(len(data), chooser.choice([FIRST_ROWS_BYTES, len(data)])))
-            path.write_bytes(data[:at] + bytes([data[at] ^ 1 << chooser.randrange(8)]) + data[at + 1 :])
+            put(path, data[:at] + bytes([data[at] ^ 1 << chooser.randrange(8)]) + data[at + 1 :])
         self.copies[name] = data
         COUNTS.damaged += 1
         for reader in self.readers:

@@ -193,7 +193,7 @@ def test_images_lie_within_their_folder(place: Path) -> None:
 def require_no_image(image: str, *, root: Path) -> None:
     messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "This."}]
     with pytest.raises(SampleError):
-        parse_row({"messages": messages, "images": [image]}, number=0, image_root=root)
+        parse_row({"messages": messages, "images": [image]}, place=0, image_root=root)
 
 
 def test_the_watch_sees_what_is_done_outside(place: Path) -> None:
