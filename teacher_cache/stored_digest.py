@@ -1,10 +1,15 @@
 """Comparison of a stored file with the digest that was committed."""
 
 from collections.abc import Iterable
+from typing import Final
 
 from teacher_cache.durable_files import FileDigest, digest_pieces
 from teacher_cache.errors import CacheCorrupt, CacheError
+from teacher_cache.local_store import LocalStore
 from teacher_cache.storage import COPY_BYTES, Store
+
+_LOCAL_PIECE_BYTES: Final = 1024**2
+"""Little enough that what was read is still in the processor's cache when it is hashed."""
 
 
 def require_digest(store: Store, name: str, *, expected: FileDigest, where: str) -> None:
@@ -19,10 +24,11 @@ def require_digest(store: Store, name: str, *, expected: FileDigest, where: str)
         reader = store.open(name)
         if reader.size_bytes != expected.size_bytes:
             raise CacheCorrupt(f"{where}: {path} has {reader.size_bytes} bytes, {expected.size_bytes} were committed")
-        piece = bytearray(min(COPY_BYTES, expected.size_bytes))
+        step = _LOCAL_PIECE_BYTES if isinstance(store, LocalStore) else COPY_BYTES
+        piece = bytearray(min(step, expected.size_bytes))
 
         def pieces() -> Iterable[memoryview]:
-            for offset in range(0, expected.size_bytes, COPY_BYTES):
+            for offset in range(0, expected.size_bytes, step):
                 view = memoryview(piece)[: expected.size_bytes - offset]
                 reader.read_into(offset, [view])
                 yield view

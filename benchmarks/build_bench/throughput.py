@@ -44,9 +44,9 @@ class Settings:
 _TEACHER = ModelSpec(family="qwen2-vl", tokenizer="byte-bpe", vocab_size=1024, initializer_range=0.02)
 FULL = Settings(
     teacher=replace(_TEACHER, hidden_size=512, intermediate_size=2048, num_layers=18, num_heads=8, num_kv_heads=8),
-    samples_per_shard=48,
+    samples_per_shard=24,
     words=(120, 80),
-    pairs=5,
+    pairs=3,
     max_batched_tokens=2048,
 )
 QUICK = Settings(teacher=_TEACHER, samples_per_shard=4, words=(20, 10), pairs=2, max_batched_tokens=512)
