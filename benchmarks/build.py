@@ -17,6 +17,7 @@ from cache_bench.figures import table
 
 
 def main(argv: Sequence[str]) -> int:
+    """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(prog="benchmarks/build.py", description="Measure the build of a teacher cache.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works")
     parser.add_argument("--json", action="store_true", help="print one object, figure name to value, and no table")

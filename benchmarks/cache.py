@@ -27,6 +27,7 @@ PARTS: dict[str, Callable[[Settings], Iterator[Figure]]] = {
 
 
 def main(argv: Sequence[str]) -> int:
+    """Measure the chosen parts, print, and return the exit code."""
     arguments = _parse(argv)
     folder = Path(tempfile.mkdtemp(prefix="genrecal-benchmark-", dir=arguments.folder))
     figures: list[Figure] = []

@@ -98,10 +98,12 @@ def _sample(
 
 
 def digest_of(sample_id: str) -> str:
+    """Return the SHA-256 (hex) that stands for a sample's content."""
     return hashlib.sha256(sample_id.encode()).hexdigest()
 
 
 def plan_of(sample_ids: Sequence[str], *, per_shard: int) -> list[PlannedShard]:
+    """Group samples into shards."""
     groups = [sample_ids[start : start + per_shard] for start in range(0, len(sample_ids), per_shard)]
     return [
         PlannedShard(
@@ -118,6 +120,7 @@ def open_builder(
     codec: RowCodec = "exact",
     compression: Compression = "none",
 ) -> CacheWriter:
+    """Create a cache of simulated targets."""
     return create_or_open_builder(
         uri,
         identity={"teacher": {"weights": "simulated"}},
@@ -130,6 +133,7 @@ def open_builder(
 
 
 def commit(writer: CacheWriter, shard_id: str, samples: Sequence[TeacherTargets]) -> CommitRecord:
+    """Write and commit one shard."""
     digests = {sample.sample_id: digest_of(sample.sample_id) for sample in samples}
     return writer.commit_shard(shard_id, samples, sample_digests=digests, skipped=(), provenance={})
 

@@ -32,6 +32,7 @@ class Settings:
 
 
 def full(folder: Path) -> Settings:
+    """Return the sizes of a run that counts."""
     return Settings(
         folder=folder,
         shape=Shape(hidden=4096, topk=64, mean_tokens=960),
@@ -52,6 +53,7 @@ def full(folder: Path) -> Settings:
 
 
 def quick(folder: Path) -> Settings:
+    """Return sizes that only show that everything works."""
     return Settings(
         folder=folder,
         shape=Shape(hidden=256, topk=8, mean_tokens=120),
