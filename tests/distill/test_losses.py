@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_leaves
 
 from distill.losses import (
     ChunkSizes,
-    align_spans,
     feature_mse,
     forward_kl,
     head_ce,
@@ -17,8 +16,6 @@ from distill.losses import (
     linear_ce_kl,
     reverse_kl,
     topk_forward_kl,
-    topk_uld_loss,
-    uld_loss,
 )
 
 HEADS = {
@@ -322,39 +319,6 @@ def test_topk_forward_kl_stands_a_teacher_without_tail():
     torch.testing.assert_close(loss, functional.cross_entropy(student, torch.tensor([1, 3]), reduction="none"))
     loss.sum().backward()
     assert student.grad.isfinite().all()
-
-
-def test_uld_pads_the_smaller_vocabulary_and_ignores_order():
-    student = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
-    teacher = torch.tensor([[0.1, 0.5, 0.1, 0.3]], dtype=torch.float64).log()
-    expected = torch.tensor([0.2 + 0.1 + 0.0 + 0.1], dtype=torch.float64)
-    torch.testing.assert_close(uld_loss(student, teacher), expected)
-    torch.testing.assert_close(uld_loss(teacher, student), expected)
-    torch.testing.assert_close(uld_loss(student[:, [2, 0, 1]], teacher), expected)
-
-
-def test_topk_uld_bounds_the_full_loss_from_below(logits):
-    student, teacher = logits
-    wide_student = torch.cat([student, student.flip(0)], dim=-1)
-    logprobs = teacher.log_softmax(-1)
-    full = uld_loss(wide_student, teacher)
-    for k in (2, 5):
-        assert (topk_uld_loss(wide_student, logprobs.topk(k).values) <= full + 1e-12).all()
-    torch.testing.assert_close(topk_uld_loss(wide_student, logprobs.topk(11).values), full)
-
-
-@pytest.mark.parametrize("loss", [uld_loss, lambda s, t: topk_uld_loss(s, t.log_softmax(-1).topk(3).values)])
-def test_uld_passes_gradcheck(loss, logits):
-    student, teacher = logits
-    teacher = teacher.detach()
-    assert torch.autograd.gradcheck(lambda x: loss(x, teacher), (student,))
-
-
-def test_align_spans_truncates_to_the_shorter_span_per_turn():
-    aligned = align_spans([2, 3, 1], [3, 1, 1])
-    assert aligned.student.tolist() == [0, 1, 2, 5]
-    assert aligned.teacher.tolist() == [0, 1, 3, 4]
-    assert align_spans([], []).student.tolist() == []
 
 
 def test_feature_mse_is_a_mean_over_the_hidden_axis():
