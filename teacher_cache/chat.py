@@ -1,42 +1,31 @@
 """Conversation -> token ids and answer spans, for any model's template, tokenizer and image splitting.
 
-Teacher and students go through the same function with their own processors. The chat template is
-rendered once whole; the answer spans come from the tokenizer's character offsets and are then carried
-over to the ids in which the processor has expanded every image placeholder into its image tokens.
+Teacher and students go through the same function with their own processors. The chat template says
+where the answers stand in the text; the tokenizer's character offsets give their spans, which are then
+carried over to the ids in which the processor has expanded every image placeholder into its image tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import transformers
 from jaxtyping import Int
 
 from teacher_cache.errors import ConfigError, SampleError
+from teacher_cache.rendering import Processor, RenderedAnswer, render_conversation, render_prompt
 from teacher_cache.samples import decode_image
-from teacher_cache.schema import EncodedConversation, Message, Sample, Span
+from teacher_cache.schema import EncodedConversation, Sample, Span
 
-Processor = Any
-"""A transformers processor, or a tokenizer for a text-only model: transformers has no common base."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RenderedAnswer:
-    """Where one answer stands in a rendered conversation, in characters."""
-
-    start: int
-    """Where the header of the turn ends."""
-    text_start: int
-    text: str
-    """The assistant's message without white space around it."""
-    turn_stop: int
-    """Where everything ends that the template appends to the turn."""
-
-    @property
-    def text_stop(self) -> int:
-        """Where the text ends."""
-        return self.text_start + len(self.text)
+__all__ = [
+    "Processor",
+    "encode_conversation",
+    "expanded_positions",
+    "image_token_id",
+    "load_processor",
+    "render_conversation",
+    "render_prompt",
+    "tokenizer_of",
+]
 
 
 def load_processor(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Processor:
@@ -66,9 +55,10 @@ def encode_conversation(processor: Processor, sample: Sample, *, max_length: int
     """Tokenise one sample and find its answer spans.
 
     Raises:
-        SampleError: ``too-long`` beyond ``max_length`` tokens, ``corrupt-image``, or ``bad-row`` when the text
-            itself contains the image placeholder or the model takes no images.
-        ConfigError: The chat template rewrites earlier turns, so that answers cannot be located.
+        SampleError: ``too-long`` beyond ``max_length`` tokens, ``corrupt-image``, ``not-rendered`` when the chat
+            template leaves out or changes an answer, or ``bad-row`` when the text itself contains the image
+            placeholder.
+        ConfigError: The model takes no images, or its processor changes the text around them.
     """
     text, answers = render_conversation(processor, sample)
     tokenizer = tokenizer_of(processor)
@@ -103,36 +93,6 @@ def encode_conversation(processor: Processor, sample: Sample, *, max_length: int
         images=images,
         model_inputs=model_inputs,
     )
-
-
-def render_prompt(processor: Processor, sample: Sample) -> str:
-    """Render everything before the last answer, ending with the header that opens the answer."""
-    last = max(index for index, message in enumerate(sample.messages) if message.role == "assistant")
-    return _render(processor, sample.messages[:last], add_generation_prompt=True)
-
-
-def render_conversation(processor: Processor, sample: Sample) -> tuple[str, list[RenderedAnswer]]:
-    """Render a conversation and locate its answers, one per assistant turn.
-
-    Raises:
-        ConfigError: The chat template rewrites earlier turns.
-    """
-    text = _render(processor, sample.messages, add_generation_prompt=False)
-    answers = []
-    for index, message in enumerate(sample.messages):
-        if message.role != "assistant":
-            continue
-        header = _render(processor, sample.messages[:index], add_generation_prompt=True)
-        turn = _render(processor, sample.messages[: index + 1], add_generation_prompt=False)
-        answer = message.text.strip()
-        found = turn.find(answer, len(header))
-        if not (turn.startswith(header) and text.startswith(turn) and found >= 0):
-            raise ConfigError(
-                f"the chat template does not render turn {index} of sample {sample.sample_id} as its generation "
-                "prompt followed by the answer, unchanged by later turns; use a template that does"
-            )
-        answers.append(RenderedAnswer(start=len(header), text_start=found, text=answer, turn_stop=len(turn)))
-    return text, answers
 
 
 def expanded_positions(
@@ -178,22 +138,12 @@ def image_token_id(processor: Processor) -> int:
     return int(processor.image_token_id)
 
 
-def _render(processor: Processor, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    with_images = isinstance(processor, transformers.ProcessorMixin)
-    rows = [{"role": m.role, "content": _typed_content(m) if with_images else m.text} for m in messages]
-    return processor.apply_chat_template(rows, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-
-def _typed_content(message: Message) -> list[dict[str, str]]:
-    return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in message.content]
-
-
 def _answer_span(
     ids: Sequence[int], offsets: Sequence[tuple[int, int]], *, answer: RenderedAnswer, special: set[int]
 ) -> Span:
     start = next(index for index, (_, stop) in enumerate(offsets) if stop > answer.start)
     stop = start
-    while stop < len(ids) and offsets[stop][0] < answer.text_stop:
+    while stop < len(ids) and offsets[stop][0] < answer.body_stop:
         stop += 1
     # the end-of-turn token belongs to the answer; what a template puts behind it (a line break) does not
     for index in range(stop, len(ids)):

@@ -9,7 +9,8 @@ import pyarrow.parquet
 from jaxtyping import Float
 
 from teacher_cache.errors import DataError, SampleError
-from teacher_cache.samples import parse_message, read_rows
+from teacher_cache.messages import parse_message
+from teacher_cache.samples import read_rows
 
 FACTS: Final = ("constant", "turns", "question_characters", "answer_characters", "images")
 

@@ -1,8 +1,10 @@
 """Read conversations that users bring: `messages` and `images` in Parquet or JSON lines.
 
-A row is ``{"id": ..., "messages": [...], "images": [...]}``; further columns are ignored. A message's
-content is a string in which ``<image>`` marks where an image goes, or a list of ``{"type": "image"}``
-and ``{"type": "text", "text": ...}`` parts. An image is a path, bytes, or ``{"bytes": ..., "path": ...}``.
+A row is ``{"id": ..., "messages": [...], "images": [...], "tools": [...]}``; further columns are ignored. A
+message's content is a string in which ``<image>`` marks where an image goes, or a list of ``{"type": "image"}``
+and ``{"type": "text", "text": ...}`` parts. An assistant may think (``reasoning_content``, or ``<think>`` in its
+text) and call tools (``tool_calls``); lists of records and the records in them may be given as JSON text, which
+Parquet keeps as it is. An image is a path, bytes, or ``{"bytes": ..., "path": ...}``.
 Bad rows are skipped and listed while the config allows, never dropped in silence.
 """
 
@@ -21,12 +23,11 @@ import pyarrow.parquet
 
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import DataError, SampleError
+from teacher_cache.messages import bad_row, parse_message, parse_tools
 from teacher_cache.schema import Message, Sample, SkippedSample
 
-COLUMNS = ("id", "messages", "images")
+COLUMNS = ("id", "messages", "images", "tools")
 """What is read of a row; further columns are ignored."""
-IMAGE_MARK = "<image>"
-ROLES = ("system", "user", "assistant")
 _ROWS_AT_ONCE = 64
 
 
@@ -150,25 +151,28 @@ def parse_row(row: Any, *, place: int, image_root: Path) -> Sample:
     if not isinstance(row, Mapping):
         text = row.decode(errors="replace") if isinstance(row, bytes) else str(row)
         kind = type(row).__name__
-        raise _bad_row(f"the row at {place} is no record but {kind}: {text[:80].rstrip()}", f"row-{place}")
+        raise bad_row(f"the row at {place} is no record but {kind}: {text[:80].rstrip()}", f"row-{place}")
     name = str(row.get("id") or f"row-{place}")
     try:
         messages = tuple(parse_message(message) for message in row["messages"])
         images = tuple(_image_bytes(image, image_root=image_root) for image in row.get("images") or ())
+        tools = parse_tools(row.get("tools"))
     except SampleError as error:
         raise SampleError(str(error), sample_id=name, reason=error.reason) from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise _bad_row(f"expected `messages` and `images` in the chat form, found {error!r}", name) from error
+        raise bad_row(f"expected `messages` and `images` in the chat form, found {error!r}", name) from error
     _check_conversation(messages, images, sample_id=name)
-    digest = content_digest(messages, images)
-    return Sample(sample_id=str(row.get("id") or digest[:32]), messages=messages, images=images, digest=digest)
+    digest = content_digest(messages, images, tools=tools)
+    sample_id = str(row.get("id") or digest[:32])
+    return Sample(sample_id=sample_id, messages=messages, images=images, digest=digest, tools=tools)
 
 
-def content_digest(messages: Sequence[Message], images: Sequence[bytes]) -> str:
-    """Return the SHA-256 (hex) of a conversation: roles, text parts, image places and image bytes."""
+def content_digest(messages: Sequence[Message], images: Sequence[bytes], *, tools: str = "") -> str:
+    """Return the SHA-256 (hex) of a conversation: all of its messages, image bytes and tools."""
     record = {
-        "messages": [[message.role, list(message.content)] for message in messages],
+        "messages": [_digested(message) for message in messages],
         "images": [hashlib.sha256(image).hexdigest() for image in images],
+        **({"tools": tools} if tools else {}),
     }
     return hashlib.sha256(json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -203,28 +207,10 @@ def _open_image(data: bytes, *, sample_id: str) -> PIL.Image.Image:
         raise SampleError(message, sample_id=sample_id, reason="corrupt-image") from error
 
 
-def parse_message(message: Mapping[str, Any]) -> Message:
-    """Turn one entry of `messages` into a turn.
-
-    Raises:
-        SampleError: ``bad-row``: the role or a part of the content is of no known kind.
-    """
-    role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise _bad_row(f"role {role!r} is none of {', '.join(ROLES)}")
-    if isinstance(content, str):
-        texts = content.split(IMAGE_MARK)
-        marked = [part for text in texts for part in (None, text)][1:]
-        return Message(role=role, content=tuple(part for part in marked if part != ""))
-    parts: list[str | None] = []
-    for part in content:
-        if part["type"] == "text":
-            parts.append(part["text"])
-        elif part["type"] == "image":
-            parts.append(None)
-        else:
-            raise _bad_row(f"content part of type {part['type']!r}; expected text or image")
-    return Message(role=role, content=tuple(parts))
+def _digested(message: Message) -> list[Any]:
+    calls = [[call.name, call.arguments] for call in message.tool_calls]
+    rest = [message.reasoning, calls] if message.reasoning or calls else []
+    return [message.role, list(message.content), *rest]
 
 
 def _image_bytes(image: Any, *, image_root: Path) -> bytes:
@@ -235,19 +221,19 @@ def _image_bytes(image: Any, *, image_root: Path) -> bytes:
             return bytes(image["bytes"])
         image = image.get("path")
     if not isinstance(image, str) or not image:
-        raise _bad_row(f"an image is given as {type(image).__name__}; expected a path, bytes or both in a record")
+        raise bad_row(f"an image is given as {type(image).__name__}; expected a path, bytes or both in a record")
     if "://" in image:
-        raise _bad_row(f"image {image!r} is a URL; download the images and give their paths")
+        raise bad_row(f"image {image!r} is a URL; download the images and give their paths")
     root = image_root.resolve()
     try:
         path = (root / image).resolve()
     except (ValueError, RuntimeError) as error:  # a null character, a link to itself
-        raise _bad_row(f"image {image!r} is no path: {error}") from error
+        raise bad_row(f"image {image!r} is no path: {error}") from error
     if not path.is_relative_to(root):
-        raise _bad_row(f"image {image!r} lies outside {image_root}; set `data.image_root` to the folder that holds it")
+        raise bad_row(f"image {image!r} lies outside {image_root}; set `data.image_root` to the folder that holds it")
     try:
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-            raise _bad_row(f"image {image!r} in {image_root} is no regular file")
+            raise bad_row(f"image {image!r} in {image_root} is no regular file")
         return path.read_bytes()
     except OSError as error:
         raise SampleError(
@@ -260,17 +246,13 @@ def _check_conversation(messages: Sequence[Message], images: Sequence[bytes], *,
     if not answers:
         raise SampleError("no assistant message to distil", sample_id=sample_id, reason="no-answer")
     if messages[0].role == "assistant":
-        raise _bad_row("the conversation begins with the assistant: there is no question", sample_id)
-    if any(not answer.text.strip() for answer in answers):
+        raise bad_row("the conversation begins with the assistant: there is no question", sample_id)
+    if not all(answer.answer or answer.tool_calls for answer in answers):
         raise SampleError("an assistant message is empty", sample_id=sample_id, reason="empty-answer")
     if any(None in answer.content for answer in answers):
-        raise _bad_row("an assistant message holds an image", sample_id)
+        raise bad_row("an assistant message holds an image", sample_id)
     places = sum(message.content.count(None) for message in messages)
     if places != len(images):
-        raise _bad_row(f"{places} image place(s) in the messages, but {len(images)} image(s)", sample_id)
+        raise bad_row(f"{places} image place(s) in the messages, but {len(images)} image(s)", sample_id)
     for image in images:
         _open_image(image, sample_id=sample_id).close()
-
-
-def _bad_row(message: str, sample_id: str = "") -> SampleError:
-    return SampleError(message, sample_id=sample_id, reason="bad-row")

@@ -14,10 +14,11 @@ Tiers, per turn with n = stop - start answer tokens:
   Q  every row that is in no turn's tier A, in order; absent for samples outside the fraction.
 The rows of several turns follow each other in order.
 
-Bytes. The text of an answer is the assistant's message without white space around it, in UTF-8: the same for every
-tokenizer. A token ends at the number of its bytes that the tokens of the turn cover so far, 0 before the text and
-all of them for the end-of-turn token; one that ends inside a character counts all of that character. Two
-tokenizations of one sample therefore align where their ends are equal, turn by turn.
+Bytes. The text of an answer is the assistant's message without its thinking and without white space around it, in
+UTF-8: the same for every tokenizer and template. A token ends at the number of its bytes that the tokens of the turn
+cover so far, 0 before the text (in its thinking) and all of them behind it (in its tool calls, at its end of turn);
+one that ends inside a character counts all of that character. Two tokenizations of one sample therefore align where
+their ends are equal, turn by turn.
 """
 
 from dataclasses import dataclass
@@ -42,17 +43,44 @@ class Span(NamedTuple):
     stop: int
 
 
+THINKING_START, THINKING_STOP = "<think>", "</think>"
+"""Stand around the thinking of a message that holds it in its text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """One call of a tool, made by the assistant."""
+
+    name: str
+    arguments: str
+    """A JSON object."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Message:
     """One turn. ``content`` is a sequence of text parts (str) and image placeholders (None), in order."""
 
     role: str
     content: tuple[str | None, ...]
+    reasoning: str = ""
+    """What the assistant thought before it answered, where the data keeps it apart from the text."""
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def text(self) -> str:
         """The text parts, joined."""
         return "".join(part for part in self.content if part is not None)
+
+    @property
+    def answer(self) -> str:
+        """The text without thinking and without white space around it."""
+        return self.text.rpartition(THINKING_STOP)[2].strip()
+
+    @property
+    def thinking(self) -> str:
+        """What was thought, wherever the data keeps it, without white space around it."""
+        inline = self.text.rpartition(THINKING_STOP)[0].strip().removeprefix(THINKING_START)
+        return (self.reasoning or inline).strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +91,9 @@ class Sample:
     messages: tuple[Message, ...]
     images: tuple[bytes, ...]
     digest: str
-    """SHA-256 (hex) over roles, text parts and image bytes: never over paths or the id."""
+    """SHA-256 (hex) over roles, text parts, thinking, tool calls, tools and image bytes: never over paths or the id."""
+    tools: str = ""
+    """JSON list with the schemas of the tools that the assistant may call; empty where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +158,7 @@ class SkippedSample:
     sample_id: str
     reason: str
     """Stable word. Read from the data: bad-row, missing-image, corrupt-image, no-answer, empty-answer. Met by the
-    teacher: too-long, not-encodable, engine-refused, not-finite."""
+    teacher: too-long, not-rendered (by the chat template), not-encodable, engine-refused, not-finite."""
     message: str
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distill.batch import Batch, collate
 from distill.config import StudentConfig, TrainConfig
-from distill.data import JoinedData, SampleOrder, StudentEncoder, join_cache, rank_share
+from distill.data import JoinedData, SampleOrder, StudentEncoder, check_turns, join_cache, rank_share
 from distill.stages import stage_spec
 from teacher_cache import open_cache
 from teacher_cache.chat import load_processor
@@ -220,3 +220,18 @@ def test_boundary_row_can_be_left_out(cache: CacheConfig, tiny_llava: Path) -> N
     assert excluded is not None
     assert torch.equal(excluded.weights, included.weights * ~included.plan.boundary_mask)
     assert int(included.plan.boundary_mask.sum()) == 3  # one turn and two turns
+
+
+def test_other_numbers_of_answers_and_answers_of_other_lengths_are_refused(
+    cache: CacheConfig, tiny_internvl: Path
+) -> None:
+    data = join(cache, tiny_internvl)
+    (sample,) = [one for one in data.load(range(8)) if len(one.encoded.spans) > 1]
+    (targets,) = data.cache.read([sample.encoded.sample_id])
+    assert targets.answer_byte_ends is not None
+    check_turns(sample.encoded, targets, same_tokens=False)
+    with pytest.raises(CacheMismatch, match="has 2 answers for the student, 1 in the cache"):
+        check_turns(sample.encoded, dataclasses.replace(targets, spans=targets.spans[:1]), same_tokens=False)
+    longer = dataclasses.replace(targets, answer_byte_ends=targets.answer_byte_ends + 1)
+    with pytest.raises(CacheMismatch, match=r"bytes for the student, .* in the cache: their texts differ"):
+        check_turns(sample.encoded, longer, same_tokens=False)

@@ -88,7 +88,7 @@ BAD: dict[str, tuple[Callable[[Path, str], Row | str], str]] = {
     "no messages": (with_row(messages=[], images=[]), "no-answer"),
     "messages that are text": (with_row(messages="Which digit? Seven."), "bad-row"),
     "no key `messages`": (lambda _, id_: {"id": id_, "text": "seven"}, "bad-row"),
-    "an unknown role": (with_row(messages=[{"role": "tool", "content": "7"}]), "bad-row"),
+    "an unknown role": (with_row(messages=[{"role": "critic", "content": "7"}]), "bad-row"),
     "an answer before any question": (with_row(messages=[{"role": "assistant", "content": "7"}], images=[]), "bad-row"),
     "a content of another kind": (with_text(answer=[{"type": "video", "video": "a.mp4"}]), "bad-row"),
     "a content that is a number": (with_text(answer=7), "bad-row"),

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import DataError, SampleError
 from teacher_cache.samples import decode_image, read_samples
+from teacher_cache.schema import Message
 
 
 def png(width: int = 16, height: int = 16, *, shade: int = 100) -> bytes:
@@ -117,3 +119,76 @@ def test_unknown_file_kind_and_missing_file(tmp_path: Path) -> None:
         read_samples(DataConfig(path=str(tmp_path / "a.csv")))
     with pytest.raises(DataError, match="no data file"):
         read_samples(DataConfig(path=str(tmp_path / "b.parquet")))
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "7"}
+
+
+def talk(*messages: Any, **columns: Any) -> dict[str, Any]:
+    return {"id": "x", "messages": [{"role": "user", "content": "Sum?"}, *messages], "images": [], **columns}
+
+
+def test_tool_calls_come_as_records_or_as_json_text(tmp_path: Path) -> None:
+    as_text = {"function": {"name": "add", "arguments": json.dumps({"a": 3})}}
+    forms = [[CALL], [as_text], [{"name": "add", "arguments": {"a": 3}}], json.dumps([CALL])]
+    tool = {"type": "function", "function": {"name": "add"}}
+    lines = [
+        talk({**CALLING, "tool_calls": form}, RESULT, {"role": "assistant", "content": "7"}, tools=tools)
+        | {"id": f"{n}"}
+        for n, (form, tools) in enumerate(zip(forms, [[tool], json.dumps([tool])] * 2, strict=True))
+    ]
+    samples = read_samples(DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", lines)))).samples
+    assert len({(sample.messages, sample.tools, sample.digest) for sample in samples}) == 1
+    (call,) = samples[0].messages[1].tool_calls
+    assert (call.name, json.loads(call.arguments), json.loads(samples[0].tools)) == ("add", {"a": 3}, [tool])
+
+
+def test_thinking_tool_calls_and_tools_are_content_and_plain_samples_keep_their_digest(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "seven"}
+    lines = [
+        talk(answer),
+        talk({**answer, "reasoning_content": "three and four"}),
+        talk({**answer, "reasoning_content": "four and three"}),
+        talk({**answer, "tool_calls": [CALL]}),
+        talk({**answer, "tool_calls": [CALL, CALL]}),
+        talk(answer, tools=[{"name": "add"}]),
+    ]
+    lines = [line | {"id": f"{number}"} for number, line in enumerate(lines)]
+    samples = read_samples(DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", lines)))).samples
+    assert len({sample.digest for sample in samples}) == len(lines)
+    plain = '{"messages":[["user",["Sum?"]],["assistant",["seven"]]],"images":[]}'
+    assert samples[0].digest == hashlib.sha256(plain.encode()).hexdigest()
+    assert [sample.messages[1].thinking for sample in samples[:3]] == ["", "three and four", "four and three"]
+
+
+def test_the_answer_is_what_follows_the_thinking() -> None:
+    message = Message(role="assistant", content=("<think>\nthree\n</think>\n\n", " seven "))
+    assert (message.thinking, message.answer, message.text) == ("three", "seven", "<think>\nthree\n</think>\n\n seven ")
+    assert Message(role="assistant", content=(" seven ",)).answer == "seven"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([{"role": "assistant", "content": "<think>hm</think> "}], "empty-answer"),
+        ([{"role": "assistant", "content": "", "reasoning_content": "hm"}], "empty-answer"),
+        ([{"role": "assistant", "content": "", "tool_calls": []}], "empty-answer"),
+        ([{"role": "assistant", "content": None}], "bad-row"),
+        ([{"role": "assistant", "content": "7", "reasoning_content": ["hm"]}], "bad-row"),
+        ([{**CALLING, "tool_calls": [{"name": "add", "arguments": "[1]"}]}], "bad-row"),
+        ([{**CALLING, "tool_calls": [{"name": "add", "arguments": "{"}]}], "bad-row"),
+        ([{**CALLING, "tool_calls": [{"name": " ", "arguments": {}}]}], "bad-row"),
+        ([{**CALLING, "tool_calls": [{"arguments": {}}]}], "bad-row"),
+        ([{**CALLING, "tool_calls": "add(3)"}], "bad-row"),
+        ([{**RESULT, "tool_calls": [CALL]}, {"role": "assistant", "content": "7"}], "bad-row"),
+    ],
+)
+def test_thinking_and_tool_calls_of_other_forms_are_named(tmp_path: Path, messages: list[Any], reason: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [talk(*messages)])
+    with pytest.raises(DataError, match=f"x: {reason}"):
+        read_samples(DataConfig(path=str(path)))
+    tools = talk({"role": "assistant", "content": "7"}, tools=["add"])
+    with pytest.raises(DataError, match="x: bad-row: `tools`"):
+        read_samples(DataConfig(path=str(write_jsonl(tmp_path / "b.jsonl", [tools]))))
