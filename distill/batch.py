@@ -133,7 +133,7 @@ def collate(
     )
     if not with_recalibrator:
         return batch
-    turns = [joint_turns(s.encoded.spans, answer_lengths=answer_lengths(_targets(s).spans)) for s in samples]
+    turns = [joint_turns(s.encoded.spans, answer_spans=_targets(s).spans) for s in samples]
     main = _recalibrated_pass(
         samples, plan=plan_joint_sequence(turns), question_rows=None, include_boundary_row=include_boundary_row
     )
@@ -242,7 +242,7 @@ def _regularization_pass(samples: Sequence[JoinedSample], include_boundary_row: 
         assert targets.question_hidden_states is not None
         both = torch.cat([targets.hidden_states, targets.question_hidden_states])
         rows.append(both[teacher_question_index(targets.spans)])
-        turns.append(joint_turns(targets.spans, answer_lengths=answer_lengths(targets.spans)))
+        turns.append(joint_turns(targets.spans, answer_spans=targets.spans))
     return _recalibrated_pass(
         having,
         plan=plan_joint_sequence(turns),

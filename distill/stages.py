@@ -257,8 +257,8 @@ class StageModel(nn.Module):
         passed = batch.regularization
         if passed is not None and len(passed.labels) == len(batch.main.labels):
             assert passed.question_rows is not None
-            joint_tokens = passed.plan.positions.shape[1]
-            features["z_l"] = _mean_per_sample(passed.question_rows, passed.plan.question_slots // joint_tokens)
+            samples = passed.plan.samples_of(passed.plan.question_slots)
+            features["z_l"] = _mean_per_sample(passed.question_rows, samples)
             features["r_l"] = _mean_per_sample(self._recalibrated(passed, None), batch.sample_of_answer_token)
         return features
 

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 OutputNorm = Literal["layernorm", "rmsnorm", "none"]
+Positions = Literal["joint", "own"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +24,25 @@ class RecalibratorConfig:
     """Norm on the rows that the teacher's head reads."""
     projection_bias: bool = False
     """Bias in both projections (the paper's parameter counts exclude one)."""
+    positions: Positions = "joint"
+    """joint: 0, 1, 2, ... over the joint sequence (paper); own: rows keep the positions of their models' tokens."""
+    rope_theta: float | None = None
+    """Base of the rotary embedding; the student's by default."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass."""
 
     def __post_init__(self) -> None:
-        for name, value in (("teacher_hidden", self.teacher_hidden), ("num_blocks", self.num_blocks)):
-            if value < 1:
-                raise ValueError(f"Recalibrator {name} must be at least 1, found {value}")
-        if self.output_norm not in get_args(OutputNorm):
-            raise ValueError(
-                f"unknown Recalibrator output_norm {self.output_norm!r}: expected one of {get_args(OutputNorm)}"
-            )
+        for name, count in (("teacher_hidden", self.teacher_hidden), ("num_blocks", self.num_blocks)):
+            if count < 1:
+                raise ValueError(f"Recalibrator {name} must be at least 1, found {count}")
+        if self.rope_theta is not None and self.rope_theta <= 0:
+            raise ValueError(f"Recalibrator rope_theta must be above 0, found {self.rope_theta}")
+        for name, value, choices in (
+            ("output_norm", self.output_norm, get_args(OutputNorm)),
+            ("positions", self.positions, get_args(Positions)),
+        ):
+            if value not in choices:
+                raise ValueError(f"unknown Recalibrator {name} {value!r}: expected one of {choices}")
 
     @property
     def student_hidden(self) -> int:

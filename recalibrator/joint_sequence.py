@@ -4,35 +4,49 @@ One sample is a sequence of turns. Each turn is its question rows (from the stud
 regularisation pass) followed by the teacher's answer rows, so the joint sequence of a sample with two turns is
 ``[question 0, answer 0, question 1, answer 1]`` with positions 0, 1, 2, ... (no gap where tokens were left out).
 
-Samples are padded on the right. Under causal attention a row never sees what follows it, so padding needs no mask
-and nothing leaks between samples.
+The samples of a batch follow each other in one packed row, without padding; attention stays within each of them.
 
 The row before answer token j predicts it: for j = 0 that is the *boundary row*, the last question row of the turn.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Int32
 from torch import Tensor
 
 
 class Turn(NamedTuple):
-    """Row counts of one question and the answer after it."""
+    """Row counts of one question and the answer after it, and where both begin in their own models' tokens."""
 
     num_question_rows: int
     num_answer_rows: int
+    question_start: int = 0
+    """Position of the first question row in the token ids of the side that gives it."""
+    answer_start: int = 0
+    """Position of the first answer row in the teacher's token ids."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the joint sequence."""
+        return self.num_question_rows + self.num_answer_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointSequence:
-    """Layout of a batch. A slot is an index into the flattened ``[batch * joint_tokens]`` grid."""
+    """Layout of a batch. A slot is an index into the packed row of all samples' joint sequences."""
 
-    positions: Int[Tensor, "batch joint_tokens"]
-    """Position ids: 0, 1, 2, ... in each sample, over padding too."""
+    lengths: tuple[int, ...]
+    """Rows of each sample."""
+    offsets: Int32[Tensor, " offsets"]
+    """Where each sample begins, and the end: one value more than samples."""
+    positions: Int[Tensor, " joint_tokens"]
+    """Position ids: 0, 1, 2, ... in each sample."""
+    own_positions: Int[Tensor, " joint_tokens"]
+    """Position ids that the rows had in the sequences of the models that made them."""
     question_slots: Int[Tensor, " question_rows"]
     """Where each packed question row goes."""
     answer_slots: Int[Tensor, " answer_rows"]
@@ -42,9 +56,9 @@ class JointSequence:
     boundary_mask: Bool[Tensor, " answer_tokens"]
     """True where the predicting row is the last question row of its turn."""
 
-    def to(self, device: torch.device | str) -> "JointSequence":
-        """Return the same layout on another device."""
-        return JointSequence(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+    def samples_of(self, slots: Int[Tensor, " slots"]) -> Int[Tensor, " slots"]:
+        """Return the sample that each slot belongs to, counted from 0 in the batch."""
+        return torch.searchsorted(self.offsets, slots.int(), right=True) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,41 +86,49 @@ def plan_joint_sequence(turns: Sequence[Sequence[Turn]]) -> JointSequence:
         raise ValueError("cannot plan a joint sequence for an empty batch: expected at least one sample")
     for sample, sample_turns in enumerate(turns):
         _check_turns(sample, sample_turns)
-    lengths = [sum(map(sum, sample_turns)) for sample_turns in turns]
-    joint_tokens = max(lengths)
-    question, answer, predicting, boundary = [], [], [], []
-    for sample, sample_turns in enumerate(turns):
-        slot = sample * joint_tokens
-        for num_question_rows, num_answer_rows in sample_turns:
-            start = slot + num_question_rows
-            question.append(torch.arange(slot, start))
-            answer.append(torch.arange(start, start + num_answer_rows))
-            predicting.append(answer[-1] - 1)
-            boundary.append(torch.arange(num_answer_rows) == 0)
-            slot = start + num_answer_rows
+    question, answer, own, boundary = [], [], [], []
+    slot = 0
+    for turn in (turn for sample_turns in turns for turn in sample_turns):
+        start = slot + turn.num_question_rows
+        question.append((slot, start))
+        slot = start + turn.num_answer_rows
+        answer.append((start, slot))
+        own.append((turn.question_start, turn.question_start + turn.num_question_rows))
+        own.append((turn.answer_start, turn.answer_start + turn.num_answer_rows))
+        boundary.append(torch.arange(turn.num_answer_rows) == 0)
+    lengths = tuple(sum(turn.num_rows for turn in sample_turns) for sample_turns in turns)
+    answer_slots = _concat_ranges(answer)
     return JointSequence(
-        positions=torch.arange(joint_tokens).expand(len(turns), joint_tokens),
-        question_slots=torch.cat(question),
-        answer_slots=torch.cat(answer),
-        predicting_slots=torch.cat(predicting),
+        lengths=lengths,
+        offsets=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        positions=_concat_ranges([(0, length) for length in lengths]),
+        own_positions=_concat_ranges(own),
+        question_slots=_concat_ranges(question),
+        answer_slots=answer_slots,
+        predicting_slots=answer_slots - 1,
         boundary_mask=torch.cat(boundary),
     )
 
 
-def joint_turns(question_spans: Sequence[tuple[int, int]], *, answer_lengths: Sequence[int]) -> tuple[Turn, ...]:
+def joint_turns(
+    question_spans: Sequence[tuple[int, int]], *, answer_spans: Sequence[tuple[int, int]]
+) -> tuple[Turn, ...]:
     """Pair one side's questions with the teacher's answers.
 
     Args:
         question_spans: Answer spans in the token ids of the side that gives the question rows.
-        answer_lengths: Number of answer tokens of each turn in the teacher's tokens.
+        answer_spans: Answer spans in the teacher's token ids.
     """
-    if len(question_spans) != len(answer_lengths):
+    if len(question_spans) != len(answer_spans):
         raise ValueError(
-            f"turn counts differ: {len(question_spans)} on the question side, {len(answer_lengths)} in the teacher's "
+            f"turn counts differ: {len(question_spans)} on the question side, {len(answer_spans)} in the teacher's "
             "answers. Every assistant turn must survive both tokenizers: check both chat templates and length limits"
         )
     gaps = question_gaps(question_spans)
-    return tuple(Turn(stop - start, length) for (start, stop), length in zip(gaps, answer_lengths, strict=True))
+    return tuple(
+        Turn(stop - start, answer_stop - answer_start, question_start=start, answer_start=answer_start)
+        for (start, stop), (answer_start, answer_stop) in zip(gaps, answer_spans, strict=True)
+    )
 
 
 def question_gaps(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -164,29 +186,32 @@ def shuffle_questions(turns: Sequence[Sequence[Turn]]) -> ShuffledQuestions:
     """
     if len(turns) < 2:
         raise ValueError(f"cannot shuffle questions between samples: expected at least 2 samples, found {len(turns)}")
-    ranges, offset = [], 0
+    rows, offset = [], 0
     for sample_turns in turns:
         stops = [offset := offset + turn.num_question_rows for turn in sample_turns]
-        ranges.append([(stop - turn.num_question_rows, stop) for turn, stop in zip(sample_turns, stops, strict=True)])
-    shuffled, parts = [], []
+        rows.append([(stop - turn.num_question_rows, stop) for turn, stop in zip(sample_turns, stops, strict=True)])
+    shuffled, taken = [], []
     for sample, sample_turns in enumerate(turns):
-        donor = ranges[(sample + 1) % len(turns)]
-        taken = [donor[index % len(donor)] for index in range(len(sample_turns))]
-        parts += taken
+        donor = (sample + 1) % len(turns)
+        chosen = [index % len(turns[donor]) for index in range(len(sample_turns))]
+        taken += [rows[donor][index] for index in chosen]
         shuffled.append(
             tuple(
-                Turn(stop - start, turn.num_answer_rows)
-                for turn, (start, stop) in zip(sample_turns, taken, strict=True)
+                turn._replace(
+                    num_question_rows=turns[donor][index].num_question_rows,
+                    question_start=turns[donor][index].question_start,
+                )
+                for turn, index in zip(sample_turns, chosen, strict=True)
             )
         )
-    return ShuffledQuestions(turns=tuple(shuffled), question_rows=_concat_ranges(parts))
+    return ShuffledQuestions(turns=tuple(shuffled), question_rows=_concat_ranges(taken))
 
 
 def _check_turns(sample: int, turns: Sequence[Turn]) -> None:
-    if not turns or any(count < 1 for turn in turns for count in turn):
+    if not turns or any(count < 1 for turn in turns for count in turn[:2]):
         raise ValueError(
             f"bad turns of sample {sample} in the batch: expected at least one turn, each with at least one question "
-            f"row and one answer row, found {[tuple(turn) for turn in turns]}"
+            f"row and one answer row, found {[tuple(turn[:2]) for turn in turns]}"
         )
 
 

@@ -1,31 +1,29 @@
 """The Recalibrator module: pre-projection, the student's own decoder blocks, post-projection, output norm."""
 
 from collections.abc import Callable
-from copy import deepcopy
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, PreTrainedConfig
 
+from recalibrator.attention import choose_attention
 from recalibrator.config import OutputNorm, RecalibratorConfig
 from recalibrator.joint_sequence import JointSequence
+from recalibrator.needed_rows import run_at_rows
+from recalibrator.student_blocks import build_student_blocks
 
 QuestionsFrom = Literal["student", "teacher"]
-
-# What a rotary embedding keeps from the student's: its base and the shape of its frequencies. Length scaling is
-# dropped: "dynamic" kinds would make one sample's output depend on the longest sample beside it.
-_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 
 
 class Recalibrator(nn.Module):
     """Turn student questions and teacher answers into rows that the teacher's head can read.
 
     ``norm(post_projection(blocks([questions ; pre_projection(teacher answers)])))``, evaluated where an answer token
-    is predicted. Positions are the Recalibrator's own: 0, 1, 2, ... over the joint sequence, one-dimensional also for
-    students with multi-axis rotary positions.
+    is predicted. The samples of a batch lie packed in one row, and attention stays within each of them. Positions are
+    one-dimensional also for students with multi-axis rotary positions.
     """
 
     def __init__(self, config: RecalibratorConfig) -> None:
@@ -33,10 +31,11 @@ class Recalibrator(nn.Module):
         self.config = config
         bias = config.projection_bias
         std = getattr(config.student_config, "initializer_range", 0.02)
-        blocks, rotary = _student_blocks(config)
+        parts = build_student_blocks(config)
         self.pre_projection = _linear(config.teacher_hidden, config.student_hidden, bias=bias, std=std)
-        self.blocks = blocks
-        self.rotary = _Rotary(rotary)
+        self.blocks = parts.layers
+        self.block_config = parts.config
+        self.rotary = _Rotary(parts.rotary)
         self.post_projection = _linear(config.student_hidden, config.teacher_hidden, bias=bias, std=std)
         self.output_norm = _output_norm(config.output_norm, config.teacher_hidden)
 
@@ -61,8 +60,10 @@ class Recalibrator(nn.Module):
         questions, answers = question_rows.to(dtype), self.pre_projection(answer_rows.to(dtype))
         if questions_from == "teacher":
             questions = self.pre_projection(questions)
-        hidden_states = self._blocks_forward(_scatter(questions, answers, plan), plan)
-        predicting = hidden_states.flatten(0, 1).index_select(0, plan.predicting_slots)
+        slots = torch.cat([plan.question_slots, plan.answer_slots])
+        rows = torch.cat([questions, answers])
+        hidden_states = self._blocks_forward(torch.empty_like(rows).index_copy(0, slots, rows)[None], plan)
+        predicting = hidden_states[0].index_select(0, plan.predicting_slots)
         return self.output_norm(self.post_projection(predicting))
 
     @torch.no_grad()
@@ -77,30 +78,51 @@ class Recalibrator(nn.Module):
             block.load_state_dict(layer.state_dict())
 
     def _blocks_forward(
-        self, hidden_states: Float[Tensor, "batch joint_tokens student_hidden"], plan: JointSequence
-    ) -> Float[Tensor, "batch joint_tokens student_hidden"]:
-        position_embeddings = self.rotary(hidden_states, plan.positions)
+        self, hidden_states: Float[Tensor, "1 joint_tokens student_hidden"], plan: JointSequence
+    ) -> Float[Tensor, "1 joint_tokens student_hidden"]:
+        positions = plan.positions if self.config.positions == "joint" else plan.own_positions
+        attention = choose_attention(hidden_states, plan)
+        self.block_config._attn_implementation = attention.implementation
+        arguments = {
+            "attention_mask": None,
+            "position_embeddings": self.rotary(hidden_states, positions[None]),
+            **attention.arguments,
+        }
         recompute = self.config.gradient_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
-            arguments = {"attention_mask": None, "position_embeddings": position_embeddings}
-            if recompute:
-                hidden_states = checkpoint(block, hidden_states, use_reentrant=False, **arguments)
-            else:
-                hidden_states = block(hidden_states, **arguments)
+        *earlier, last = self.blocks
+        steps: list[Callable[..., Tensor]] = [*earlier, partial(run_at_rows, last, plan.predicting_slots)]
+        for step in steps:
+            run = partial(checkpoint, step, use_reentrant=False) if recompute else step
+            hidden_states = run(hidden_states, **arguments)
         return hidden_states
 
     def _check_rows(self, questions: Tensor, answers: Tensor, plan: JointSequence, questions_from: str) -> None:
         widths = {"student": self.config.student_hidden, "teacher": self.config.teacher_hidden}
-        expected_questions = (len(plan.question_slots), widths[questions_from])
-        expected_answers = (len(plan.answer_slots), widths["teacher"])
-        for name, rows, expected in (
-            (f"question rows from the {questions_from}", questions, expected_questions),
-            ("answer rows", answers, expected_answers),
+        for name, rows, slots, width in (
+            (f"question rows from the {questions_from}", questions, plan.question_slots, widths[questions_from]),
+            ("answer rows", answers, plan.answer_slots, widths["teacher"]),
         ):
-            if tuple(rows.shape) != expected:
+            expected, found = (len(slots), width), tuple(rows.shape)
+            if found != expected:
                 raise ValueError(
-                    f"{name} do not fit the joint sequence: expected shape {expected}, found {tuple(rows.shape)}"
+                    f"{name} do not fit the joint sequence of {len(plan.lengths)} samples: expected shape {expected}, "
+                    f"found {found}. The rows must be those of the samples that the layout was made for"
                 )
+        # one sum tells, and one wait for the device: a finite sum has no NaN or infinite term
+        if not torch.stack([rows.detach().sum(dtype=torch.float32) for rows in (questions, answers)]).isfinite().all():
+            _refuse_non_finite(f"question rows from the {questions_from}", questions, plan, plan.question_slots)
+            _refuse_non_finite("answer rows", answers, plan, plan.answer_slots)
+
+
+def _refuse_non_finite(name: str, rows: Tensor, plan: JointSequence, slots: Tensor) -> None:
+    bad = (~rows.detach().isfinite().all(dim=1)).nonzero()[:, 0]
+    if len(bad):
+        sample = int(plan.samples_of(slots[bad[:1]]))
+        raise ValueError(
+            f"{name} hold NaN or infinite values: {len(bad)} of {len(rows)} rows of width {rows.shape[1]}, the first "
+            f"is row {int(bad[0])}, of sample {sample} in the batch (both counted from 0). Look at that sample's "
+            "inputs, and for a student at the learning rate: its weights may have diverged"
+        )
 
 
 class _Rotary(nn.Module):
@@ -121,16 +143,6 @@ class _Rotary(nn.Module):
         return super()._apply(move, recurse)
 
 
-def _scatter(
-    questions: Float[Tensor, "question_rows student_hidden"],
-    answers: Float[Tensor, "answer_rows student_hidden"],
-    plan: JointSequence,
-) -> Float[Tensor, "batch joint_tokens student_hidden"]:
-    slots = torch.cat([plan.question_slots, plan.answer_slots])
-    grid = answers.new_zeros(plan.positions.numel(), answers.shape[-1])
-    return grid.index_copy(0, slots, torch.cat([questions, answers])).unflatten(0, plan.positions.shape)
-
-
 def _linear(in_features: int, out_features: int, *, bias: bool, std: float) -> nn.Linear:
     linear = nn.Linear(in_features, out_features, bias=bias)
     nn.init.normal_(linear.weight, std=std)
@@ -146,47 +158,3 @@ def _output_norm(kind: OutputNorm, width: int) -> nn.Module:
         "none": nn.Identity,
     }
     return norms[kind]()
-
-
-def _student_blocks(config: RecalibratorConfig) -> tuple[nn.ModuleList, nn.Module]:
-    """Build the student family's text model, with next to no vocabulary, and take its layers and rotary embedding."""
-    block_config = _block_config(config.student_config, num_blocks=config.num_blocks)
-    body = AutoModel.from_config(block_config, dtype=torch.get_default_dtype())
-    layers, rotary = getattr(body, "layers", None), getattr(body, "rotary_emb", None)
-    if not isinstance(layers, nn.ModuleList) or not isinstance(rotary, nn.Module):
-        raise ValueError(  # noqa: TRY004 - the config is at fault, not the type of an argument
-            f"cannot build Recalibrator blocks of model type {block_config.model_type!r}: expected a text model with "
-            f"`layers` and `rotary_emb`, found {type(body).__name__}"
-        )
-    return layers, rotary
-
-
-def _block_config(student_config: PreTrainedConfig, *, num_blocks: int) -> PreTrainedConfig:
-    """Copy the student's text config for full causal attention at another depth."""
-    config = deepcopy(student_config.get_text_config())
-    overrides: dict[str, Any] = {
-        "num_hidden_layers": num_blocks,
-        "vocab_size": 1,
-        "pad_token_id": None,
-        "use_cache": False,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "layer_types": ["full_attention"] * num_blocks,
-    }
-    for name, value in overrides.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    config.rope_parameters = _plain_rope(config)
-    # Eager attention is not causal without a mask; sdpa is.
-    config._attn_implementation = "sdpa"
-    return config
-
-
-def _plain_rope(config: PreTrainedConfig) -> dict[str, Any]:
-    rope = getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" not in rope:
-        raise ValueError(
-            f"cannot build Recalibrator blocks of model type {config.model_type!r}: expected one rotary embedding "
-            f"with a rope_theta for all layers, found rope_parameters {rope!r}"
-        )
-    return {"rope_type": "default"} | {key: rope[key] for key in _ROPE_KEYS if key in rope}
