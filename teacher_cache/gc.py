@@ -14,12 +14,13 @@ from pathlib import PurePosixPath
 from teacher_cache.claims import CLAIMS, claim_shard_id
 from teacher_cache.codec import stored_fields
 from teacher_cache.errors import CacheError, CacheIncomplete
-from teacher_cache.ledger import SHARDS, CommitRecord, read_standing
+from teacher_cache.ledger import SHARDS, CommitRecord
 from teacher_cache.local_store import STAGING
 from teacher_cache.manifest import Manifest, read_manifest
 from teacher_cache.plan import PLANS, Plan, read_plan
 from teacher_cache.progress import progress
 from teacher_cache.snapshot import INDEX, latest_snapshot, publish_snapshot, read_snapshot
+from teacher_cache.standing import read_standing
 from teacher_cache.storage import FileEntry, Store, open_store
 
 logger = logging.getLogger(__name__)

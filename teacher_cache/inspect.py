@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.errors import CacheError, CacheNotFound, FormatUnsupported
-from teacher_cache.ledger import read_standing, standing_revisions
 from teacher_cache.manifest import MANIFEST, Manifest, identity_differences, read_manifest
 from teacher_cache.plan import Plan, read_plan
 from teacher_cache.sample_index import SampleIndex, tier_bytes
 from teacher_cache.schema import TIERS
 from teacher_cache.snapshot import is_published, latest_snapshot, map_index, read_snapshot
+from teacher_cache.standing import read_standing, standing_revisions
 from teacher_cache.storage import Store, open_store
 
 _NAMED = 20

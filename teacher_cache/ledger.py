@@ -6,7 +6,6 @@ sample are kept as base64 of little-endian integers: a million samples open in a
 
 import base64
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Final
@@ -17,23 +16,17 @@ from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from teacher_cache.codec import AXES, Axis, Layout, stored_fields
 from teacher_cache.documents import encode_document
-from teacher_cache.durable_files import FileDigest, digest_bytes
-from teacher_cache.errors import CacheCorrupt, CacheError
-from teacher_cache.manifest import StoredModel, parse_model, read_document
-from teacher_cache.plan import Plan, PlannedShard
+from teacher_cache.durable_files import FileDigest
+from teacher_cache.errors import CacheCorrupt
+from teacher_cache.manifest import StoredModel, parse_model
 from teacher_cache.row_codec import QuantizationCost
 from teacher_cache.schema import TIERS, SkippedSample, Span, Tier
-from teacher_cache.storage import DOCUMENT_LIMIT_BYTES, Store
 
 COMMITS: Final = "commits"
 SHARDS: Final = "shards"
 COUNTS: Final = ("num_tokens", "num_turns", "answer_tokens", "question_rows")
 """Columns of the counts of a sample; ``question_rows`` is -1 where tier Q is not stored."""
-
-_PARALLEL_READS = 16
-_LAST_REVISION = 9999
-_RECORD_BYTES, _SAMPLE_BYTES = 4 * 1024**2, 64 * 1024
-"""What a record may take at most, and more per sample."""
+LAST_REVISION: Final = 9999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +86,7 @@ def _require_served_tiers(tiers: tuple[Tier, ...]) -> tuple[Tier, ...]:
 
 
 StoredTiers = Annotated[tuple[Tier, ...], AfterValidator(_require_served_tiers)]
-Revision = Annotated[int, Field(ge=0, le=_LAST_REVISION)]
+Revision = Annotated[int, Field(ge=0, le=LAST_REVISION)]
 Attempt = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
@@ -186,72 +179,6 @@ def no_rows() -> SampleRows:
 def record_name(shard_id: str, revision: int) -> str:
     """Return where a commit record lies."""
     return f"{COMMITS}/{shard_id}.{revision}.json"
-
-
-def record_limit_bytes(shard: PlannedShard) -> int:
-    """Return how long the commit record of a shard may be."""
-    return min(_RECORD_BYTES + len(shard.sample_ids) * _SAMPLE_BYTES, DOCUMENT_LIMIT_BYTES)
-
-
-def standing_revisions(store: Store) -> dict[str, int]:
-    """Return the highest revision of each shard that has commit records.
-
-    Raises:
-        CacheError: the records cannot be listed.
-    """
-    try:
-        return highest_revisions(entry.name for entry in store.list(COMMITS))
-    except OSError as error:
-        raise CacheError(f"cannot list {store.uri}/{COMMITS}: {error}") from error
-
-
-def highest_revisions(names: Iterable[str]) -> dict[str, int]:
-    """Return the highest revision of each shard among the names of commit records; other names do not matter."""
-    found: dict[str, int] = {}
-    for name in names:
-        shard_id, _, revision = name.removeprefix(f"{COMMITS}/").removesuffix(".json").rpartition(".")
-        number = int(revision) if revision.isdecimal() else -1
-        if 0 <= number <= _LAST_REVISION and name == record_name(shard_id, number):
-            found[shard_id] = max(number, found.get(shard_id, 0))
-    return found
-
-
-def read_standing(store: Store, plan: Plan, *, fingerprint: str) -> dict[str, tuple[CommitRecord, FileDigest]]:
-    """Return the standing record of each planned shard that has one, withdrawn ones too, in planned order.
-
-    Raises:
-        CacheCorrupt: a record differs from what was written, or belongs to another cache or plan.
-    """
-    revisions = standing_revisions(store)
-    shards = [shard for shard in plan.shards if shard.shard_id in revisions]
-    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        records = pool.map(
-            lambda shard: read_record(store, shard, revision=revisions[shard.shard_id], fingerprint=fingerprint), shards
-        )
-        return {shard.shard_id: record for shard, record in zip(shards, records, strict=True)}
-
-
-def read_record(
-    store: Store, shard: PlannedShard, *, revision: int, fingerprint: str
-) -> tuple[CommitRecord, FileDigest]:
-    """Read and check one commit record; return it with the digest of its bytes.
-
-    Raises:
-        CacheCorrupt: it differs from what was written, or belongs to another cache or plan.
-    """
-    name = record_name(shard.shard_id, revision)
-    data = read_document(store, name, where=f"shard {shard.shard_id}", limit_bytes=record_limit_bytes(shard))
-    where = f"shard {shard.shard_id}: {store.uri}/{name}"
-    record = decode_record(data, where=where)
-    if (record.shard_id, record.revision, record.fingerprint) != (shard.shard_id, revision, fingerprint):
-        raise CacheCorrupt(
-            f"{where} belongs to shard {record.shard_id}, revision {record.revision}, of cache "
-            f"{record.fingerprint[:16]}; expected shard {shard.shard_id}, revision {revision}, of {fingerprint[:16]}"
-        )
-    found = [*record.sample_ids, *(sample.sample_id for sample in record.skipped)]
-    if record.withdrawn is None and sorted(found) != sorted(shard.sample_ids):
-        raise CacheCorrupt(f"{where} does not hold the planned samples of the shard")
-    return record, digest_bytes(data)
 
 
 def decode_record(data: bytes, *, where: str) -> CommitRecord:

@@ -10,13 +10,14 @@ from typing import Any
 from teacher_cache.codec import Layout, decode_targets, load_teacher_head, stored_fields
 from teacher_cache.durable_files import digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError, CacheIncomplete
-from teacher_cache.ledger import decode_record, read_standing
+from teacher_cache.ledger import decode_record
 from teacher_cache.manifest import HeadEntry, Manifest, fingerprint, read_document, read_manifest
 from teacher_cache.plan import read_plan
 from teacher_cache.sample_index import SampleIndex
 from teacher_cache.schema import TIERS, SkippedSample, TeacherHead, TeacherTargets, Tier
 from teacher_cache.shard_reader import RowRange, ShardReader
 from teacher_cache.snapshot import latest_snapshot, map_index, read_snapshot, snapshot_name
+from teacher_cache.standing import read_standing
 from teacher_cache.storage import Store, local_file, open_store
 from teacher_cache.stored_digest import require_digest
 
@@ -50,6 +51,11 @@ def open_cache(uri: str, *, allow_incomplete: bool = False, snapshot: int | None
         plan = read_plan(store, manifest)
         done = _open_committed(store, manifest).shard_ids
         missing = [shard.shard_id for shard in plan.shards if shard.shard_id not in done]
+        if not missing:
+            raise CacheIncomplete(
+                f"all shards of the cache at {uri} are committed, but its snapshot is not written yet; "
+                "run the build again to write it"
+            )
         raise CacheIncomplete(
             f"the cache at {uri} lacks {len(missing)} of {len(plan.shards)} shards ({', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}); run the build again to complete it"

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from teacher_cache.errors import CacheError
-from teacher_cache.ledger import COMMITS, SHARDS, CommitRecord, highest_revisions, no_rows, record_name
+from teacher_cache.ledger import COMMITS, SHARDS, CommitRecord, no_rows, record_name
 from teacher_cache.manifest import MANIFEST, Manifest, read_manifest
 from teacher_cache.plan import PLANS
 from teacher_cache.shard_checks import Problem
 from teacher_cache.snapshot import INDEX, SNAPSHOTS, fill_gaps
+from teacher_cache.standing import highest_revisions
 from teacher_cache.storage import Store, open_store
 from teacher_cache.verify import verify_cache
 from teacher_cache.writer import CacheWriter

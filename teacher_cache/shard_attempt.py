@@ -16,19 +16,12 @@ from teacher_cache.codec import Layout, axis_lengths, encode_targets, layout_of
 from teacher_cache.documents import plain_json
 from teacher_cache.durable_files import FileDigest
 from teacher_cache.errors import CacheError, CacheMismatch, TeacherError
-from teacher_cache.ledger import (
-    COMMITS,
-    SHARDS,
-    CommitRecord,
-    SampleRows,
-    no_rows,
-    record_limit_bytes,
-    record_name,
-)
+from teacher_cache.ledger import COMMITS, SHARDS, CommitRecord, SampleRows, no_rows, record_name
 from teacher_cache.plan import PlannedShard
 from teacher_cache.row_codec import QuantizationCost, quantization_cost
 from teacher_cache.schema import SkippedSample, TeacherTargets
 from teacher_cache.shard_writer import ShardWriter, shard_attributes
+from teacher_cache.standing import record_limit_bytes
 
 if TYPE_CHECKING:
     from teacher_cache.writer import CacheWriter

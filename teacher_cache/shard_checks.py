@@ -13,11 +13,12 @@ from teacher_cache.config import Level
 from teacher_cache.documents import parse_document
 from teacher_cache.durable_files import FileDigest
 from teacher_cache.errors import CacheCorrupt, CacheError
-from teacher_cache.ledger import CommitRecord, read_record, record_name
+from teacher_cache.ledger import CommitRecord, record_name
 from teacher_cache.plan import PlannedShard
 from teacher_cache.sample_index import ShardEntry
 from teacher_cache.shard_reader import RowRange, ShardReader
 from teacher_cache.shard_writer import OFFSETS, offsets_field
+from teacher_cache.standing import read_record
 from teacher_cache.storage import Store, TruncatedFile
 from teacher_cache.stored_digest import require_digest
 from teacher_cache.zarr_format import ArrayGeometry, array_metadata, group_metadata, object_name

@@ -6,6 +6,7 @@ removal of a tier makes the next one.
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from pydantic import JsonValue
@@ -13,10 +14,11 @@ from pydantic import JsonValue
 from teacher_cache.documents import encode_document
 from teacher_cache.durable_files import FileDigest, digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError
-from teacher_cache.ledger import COMMITS, CommitRecord, read_standing
+from teacher_cache.ledger import COMMITS, CommitRecord
 from teacher_cache.manifest import LIMIT_BYTES, MANIFEST, Manifest, StoredModel, parse_model, read_document
 from teacher_cache.plan import PLANS, Plan, generation_name, read_plan
 from teacher_cache.sample_index import SampleIndex
+from teacher_cache.standing import read_standing, standing_revisions, unplanned_records
 from teacher_cache.storage import Store, local_file
 from teacher_cache.stored_digest import require_digest
 
@@ -117,13 +119,18 @@ def publish_snapshot(store: Store, *, manifest: Manifest) -> list[CommitRecord] 
     afterwards, so whoever holds an older one finds its number taken, and looks again.
 
     Raises:
+        CacheCorrupt: a part of the plan, or what a record or a snapshot says, was lost or changed.
         CacheError: the store refused a step; opening the builder again tries once more.
     """
     try:
         while True:
             latest = latest_snapshot(store)
             plan = read_plan(store, manifest)
-            standing = list(read_standing(store, plan, fingerprint=manifest.fingerprint).values())
+            revisions = standing_revisions(store)
+            if unplanned := unplanned_records(store, plan, manifest=manifest, revisions=revisions):
+                raise CacheCorrupt(lost_generation(store, plan, manifest=manifest, records=unplanned))
+            records = read_standing(store, plan, fingerprint=manifest.fingerprint, revisions=revisions)
+            standing = list(records.values())
             if len(standing) < len(plan.shards) or any(record.withdrawn is not None for record, _ in standing):
                 return None
             # the names may be those of a process that died before they were durable
@@ -138,6 +145,14 @@ def publish_snapshot(store: Store, *, manifest: Manifest) -> list[CommitRecord] 
             f"{store.uri}: all shards are committed, but the snapshot cannot be written: {error}; free space or mend "
             "the store, then run the build again"
         ) from error
+
+
+def lost_generation(store: Store, plan: Plan, *, manifest: Manifest, records: Sequence[str]) -> str:
+    """Return the message for a generation of the plan that is lost, as these records show."""
+    return (
+        f"{store.uri}/{generation_name(len(plan.generations), manifest)} is missing: no plan names the shards of "
+        f"{len(records)} record(s), first {records[0]}; restore it, or extend the cache by the same samples again"
+    )
 
 
 def fill_gaps(store: Store, *, manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ from teacher_cache.claims import CLAIMS
 from teacher_cache.durable_files import digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError, CacheIncomplete
 from teacher_cache.gc import ATTEMPT
-from teacher_cache.ledger import SHARDS, record_name, standing_revisions
+from teacher_cache.ledger import SHARDS, record_name
 from teacher_cache.local_store import STAGING
 from teacher_cache.manifest import MANIFEST, Manifest, read_manifest
 from teacher_cache.plan import Plan, PlannedShard, generation_name, read_plan
@@ -21,11 +21,13 @@ from teacher_cache.snapshot import (
     SNAPSHOTS,
     Snapshot,
     latest_snapshot,
+    lost_generation,
     map_index,
     read_snapshot,
     read_snapshot_bytes,
     snapshot_name,
 )
+from teacher_cache.standing import standing_revisions, unplanned_records
 from teacher_cache.storage import Store, open_store
 
 _THREADS = 4
@@ -102,6 +104,7 @@ def _verify(uri: str, *, level: Level, trusted_digest: str | None) -> VerifyRepo
     if trusted_digest is not None:
         problems += _check_trusted(store, latest, trusted_digest=trusted_digest)
         problems += _check_beyond(latest, manifest=manifest, plan=plan, standing=standing, entries=entries)
+    problems += _check_plan(store, latest, manifest=manifest, plan=plan, standing=standing)
     top = _check_top_level(store, manifest=manifest, plan=plan, snapshots=snapshots, level=level)
     problems += _check_indexes(snapshots, top=top)
     shards = _check_shards(store, manifest=manifest, plan=plan, standing=standing, entries=entries, level=level)
@@ -155,6 +158,17 @@ def _check_beyond(
     for name in beyond:
         message = f"{name}: it came after the trusted snapshot, which says nothing of it"
         yield Problem(kind="untrusted", path=name, message=message)
+
+
+def _check_plan(
+    store: Store, latest: Snapshot | None, *, manifest: Manifest, plan: Plan, standing: Mapping[str, int]
+) -> Iterator[Problem]:
+    """Yield a generation that records, but no snapshot, show to be lost."""
+    name = generation_name(len(plan.generations), manifest)
+    unplanned = unplanned_records(store, plan, manifest=manifest, revisions=standing)
+    if unplanned and (latest is None or name not in latest.files):
+        message = lost_generation(store, plan, manifest=manifest, records=unplanned)
+        yield Problem(kind="missing", path=name, message=message)
 
 
 def _check_snapshots(store: Store, manifest: Manifest) -> tuple[list[Snapshot], list[Problem]]:

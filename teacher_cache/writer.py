@@ -13,7 +13,7 @@ from teacher_cache.documents import plain_json
 from teacher_cache.durable_files import digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError, CacheMismatch, CacheNotFound, ConfigError
 from teacher_cache.gc import LEFTOVERS, find_leftovers, sweep
-from teacher_cache.ledger import COMMITS, CommitRecord, read_record, read_standing, standing_revisions
+from teacher_cache.ledger import COMMITS, CommitRecord
 from teacher_cache.manifest import (
     LIMIT_BYTES,
     MANIFEST,
@@ -35,7 +35,8 @@ from teacher_cache.plan import (
 )
 from teacher_cache.schema import SkippedSample, TeacherHead, TeacherTargets
 from teacher_cache.shard_attempt import ShardAttempt
-from teacher_cache.snapshot import publish_snapshot
+from teacher_cache.snapshot import SNAPSHOTS, publish_snapshot
+from teacher_cache.standing import read_record, read_standing, standing_revisions
 from teacher_cache.storage import Store, local_file, open_store
 from teacher_cache.stored_digest import require_digest
 
@@ -246,6 +247,8 @@ def _create(
 ) -> Manifest:
     foreign = [entry.name for entry in store.list("") if not LEFTOVERS.fullmatch(entry.name)]
     if foreign and store.size(MANIFEST) is None:
+        if any(name.startswith((f"{COMMITS}/", f"{SNAPSHOTS}/")) for name in foreign):
+            raise CacheCorrupt(f"{store.uri}/{MANIFEST} is missing from what was a cache; restore it from a copy")
         raise ConfigError(
             f"{store.uri} holds no cache but other files ({', '.join(foreign[:3])}); give an empty folder"
         )

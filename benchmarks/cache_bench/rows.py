@@ -12,10 +12,11 @@ from torch import Tensor
 
 from teacher_cache.codec import stored_fields
 from teacher_cache.config import Compression, RowCodec
-from teacher_cache.ledger import CommitRecord, read_standing
+from teacher_cache.ledger import CommitRecord
 from teacher_cache.manifest import read_manifest
 from teacher_cache.plan import PlannedShard, read_plan
 from teacher_cache.schema import Span, TeacherTargets
+from teacher_cache.standing import read_standing
 from teacher_cache.storage import open_store
 from teacher_cache.writer import CacheWriter, create_or_open_builder
 from teacher_cache.zarr_format import CRC_BYTES, ArrayGeometry, object_name

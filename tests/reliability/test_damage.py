@@ -14,12 +14,12 @@ import pytest
 from teacher_cache import TeacherCache, open_cache
 from teacher_cache.codec import stored_fields
 from teacher_cache.errors import CacheError
-from teacher_cache.ledger import read_standing
 from teacher_cache.manifest import read_manifest
 from teacher_cache.plan import read_plan
 from teacher_cache.schema import TIERS, Tier
 from teacher_cache.shard_checks import check_file, check_shard
 from teacher_cache.snapshot import map_index, read_snapshot
+from teacher_cache.standing import read_standing
 from teacher_cache.storage import open_store
 from teacher_cache.verify import verify_cache
 from tests.reliability.processes import quick_folder

@@ -13,9 +13,9 @@ from blake3 import blake3
 
 from teacher_cache import shard_attempt
 from teacher_cache.claims import Claims
-from teacher_cache.ledger import read_standing
 from teacher_cache.manifest import read_manifest
 from teacher_cache.plan import PlannedShard, read_plan
+from teacher_cache.standing import read_standing
 from teacher_cache.storage import open_store
 from teacher_cache.verify import snapshot_digest, verify_cache
 from teacher_cache.writer import CacheWriter

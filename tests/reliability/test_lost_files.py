@@ -12,11 +12,11 @@ import pytest
 from teacher_cache import TeacherCache, open_cache
 from teacher_cache.durable_files import FileDigest
 from teacher_cache.errors import CacheError
-from teacher_cache.ledger import read_standing
 from teacher_cache.manifest import read_manifest
 from teacher_cache.plan import read_plan
 from teacher_cache.repair import repair_cache
 from teacher_cache.schema import TeacherTargets
+from teacher_cache.standing import read_standing
 from teacher_cache.storage import open_store
 from teacher_cache.verify import verify_cache
 from tests.reliability.checks import leftovers
