@@ -5,65 +5,25 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
-    Gemma3TextConfig,
     LlamaConfig,
     Qwen2Config,
     Qwen2VLTextConfig,
     Qwen3_5TextConfig,
-    Qwen3Config,
 )
 
 from distill.losses import linear_ce_kl
 from recalibrator import Recalibrator, RecalibratorConfig
-from recalibrator.joint_sequence import Turn, plan_joint_sequence
-
-TEACHER, STUDENT = 24, 32
-SMALL = {
-    "hidden_size": STUDENT,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "vocab_size": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-FAMILIES = {
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen2_vl_text": Qwen2VLTextConfig(**SMALL, rope_parameters=MROPE),
-    "qwen3": Qwen3Config(**SMALL, head_dim=16),
-    "llama": LlamaConfig(**SMALL),
-}
-TURNS = [[Turn(3, 2), Turn(2, 4)], [Turn(5, 1)], [Turn(1, 3)]]
-
-
-@pytest.fixture(params=FAMILIES)
-def student_config(request):
-    return FAMILIES[request.param]
-
-
-def make_recalibrator(student_config, **options):
-    torch.manual_seed(0)
-    config = RecalibratorConfig(student_config=student_config, teacher_hidden=TEACHER, **options)
-    module = Recalibrator(config).double()
-    for parameter in module.parameters():  # the fresh std of 0.02 hides attention errors behind tiny weights
-        nn.init.normal_(parameter, std=0.3)
-    return module
-
-
-def random_rows(turns, *, question_width=STUDENT, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    questions = sum(turn.num_question_rows for sample in turns for turn in sample)
-    answers = sum(turn.num_answer_rows for sample in turns for turn in sample)
-    return (
-        torch.randn(questions, question_width, dtype=torch.float64, generator=generator),
-        torch.randn(answers, TEACHER, dtype=torch.float64, generator=generator),
-    )
-
-
-def run(module, questions, answers, turns, questions_from="student"):
-    return module(questions, answers, plan_joint_sequence(turns), questions_from=questions_from)
+from recalibrator.joint_sequence import joint_turns, plan_joint_sequence
+from tests.recalibrator.small_recalibrators import (
+    FAMILIES,
+    SMALL,
+    STUDENT,
+    TEACHER,
+    TURNS,
+    make_recalibrator,
+    random_rows,
+    run,
+)
 
 
 def count_parameters(student_config, **options):
@@ -113,67 +73,47 @@ def test_matches_the_families_own_text_model(student_config):
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_sample_alone_equals_sample_in_a_padded_batch(student_config):
-    module = make_recalibrator(student_config)
-    questions, answers = random_rows(TURNS)
-    together = run(module, questions, answers, TURNS)
-    alone = torch.cat(
-        [
-            run(module, questions[:5], answers[:6], TURNS[:1]),
-            run(module, questions[5:10], answers[6:7], TURNS[1:2]),
-            run(module, questions[10:], answers[7:], TURNS[2:]),
-        ]
+def test_own_positions_are_those_of_the_models(student_config):
+    module = make_recalibrator(student_config, positions="own")
+    turns = [
+        joint_turns([(3, 5), (9, 11)], answer_spans=[(20, 22), (40, 44)]),
+        joint_turns([(5, 6)], answer_spans=[(7, 8)]),
+    ]
+    rows = random_rows(turns)
+    plan = plan_joint_sequence(turns)
+    own = [0, 1, 2, 20, 21, 5, 6, 7, 8, 40, 41, 42, 43, 0, 1, 2, 3, 4, 7]
+    joint = make_recalibrator(student_config)
+    given = dataclasses.replace(plan, positions=torch.tensor(own))
+    assert torch.equal(module(*rows, plan, questions_from="student"), joint(*rows, given, questions_from="student"))
+    assert not torch.allclose(
+        module(*rows, plan, questions_from="student"), joint(*rows, plan, questions_from="student")
     )
-    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
 
 
-def test_one_samples_rows_change_no_other_sample(student_config):
-    module = make_recalibrator(student_config)
-    questions, answers = random_rows(TURNS)
-    before = run(module, questions, answers, TURNS)
-    questions[5:10] += 1
-    answers[6:7] -= 1
-    after = run(module, questions, answers, TURNS)
-    assert torch.equal(before[:6], after[:6])
-    assert torch.equal(before[7:], after[7:])
-    assert not torch.allclose(before[6:7], after[6:7])
+def test_rope_theta_is_the_students_unless_given(student_config):
+    for given in (None, 123.0):
+        module = Recalibrator(
+            RecalibratorConfig(student_config=student_config, teacher_hidden=TEACHER, rope_theta=given)
+        )
+        theta = given or student_config.rope_parameters["rope_theta"]
+        width = getattr(student_config, "head_dim", None) or STUDENT // 4
+        expected = theta ** (-torch.arange(0, width, 2) / width)
+        torch.testing.assert_close(module.rotary.rotary.inv_freq, expected)
 
 
-def test_later_rows_change_no_earlier_output(student_config):
-    module = make_recalibrator(student_config)
-    turns = TURNS[:1]
-    questions, answers = random_rows(turns)
-    before = run(module, questions, answers, turns)
-    answers_changed = answers.clone()
-    answers_changed[3] += 1  # row of answer token 1 in turn 1: predicts token 2
-    after = run(module, questions, answers_changed, turns)
-    assert torch.equal(before[:4], after[:4])
-    assert not torch.allclose(before[4:], after[4:])
-    questions[3] += 1  # first question row of turn 1
-    after = run(module, questions, answers, turns)
-    assert torch.equal(before[:2], after[:2])
-    assert not torch.allclose(before[2:], after[2:])
-
-
-def test_boundary_row_sees_no_answer_row_of_its_turn(student_config):
-    module = make_recalibrator(student_config)
-    turns = TURNS[2:]
-    questions, answers = random_rows(turns)
-    before = run(module, questions, answers, turns)
-    after = run(module, questions, answers + 1, turns)
-    assert torch.equal(before[0], after[0])
-    assert not torch.allclose(before[1:], after[1:])
-
-
-def test_positions_matter_and_restart_in_each_sample(student_config):
-    module = make_recalibrator(student_config)
-    questions, answers = random_rows([TURNS[0], TURNS[0]])
-    questions[5:], answers[6:] = questions[:5].clone(), answers[:6].clone()
-    output = run(module, questions, answers, [TURNS[0], TURNS[0]])
-    # a matrix product may round the same row differently at another place of the batch
-    torch.testing.assert_close(output[:6], output[6:], rtol=0, atol=1e-12)
-    swapped = questions[:5].clone()[[1, 0, 2, 3, 4]]
-    assert not torch.allclose(run(module, swapped, answers[:6], TURNS[:1]), output[:6])
+def test_names_in_checkpoints():
+    module = Recalibrator(RecalibratorConfig(student_config=FAMILIES["qwen2"], teacher_hidden=TEACHER, num_blocks=1))
+    assert set(module.state_dict()) == {
+        "pre_projection.weight",
+        "post_projection.weight",
+        "output_norm.weight",
+        "output_norm.bias",
+        "blocks.0.input_layernorm.weight",
+        "blocks.0.post_attention_layernorm.weight",
+        *(f"blocks.0.self_attn.{name}_proj.{part}" for name in "qkv" for part in ("weight", "bias")),
+        "blocks.0.self_attn.o_proj.weight",
+        *(f"blocks.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    }
 
 
 def test_teacher_questions_go_through_the_same_projection(student_config):
@@ -299,31 +239,3 @@ def test_output_norm_options():
     torch.testing.assert_close(outputs["layernorm"].mean(-1), torch.zeros(10), atol=1e-5, rtol=0)
     torch.testing.assert_close(outputs["rmsnorm"].square().mean(-1), torch.ones(10), atol=0.05, rtol=0)
     assert outputs["none"].square().mean() < 0.1
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda q, a: (q[:-1], a), "question rows from the student do not fit"),
-        (lambda q, a: (q, a[:-1]), "answer rows do not fit"),
-        (lambda q, a: (q[:, :-1], a), "question rows from the student do not fit"),
-    ],
-)
-def test_rows_that_do_not_fit_the_plan_are_refused(change, message):
-    module = make_recalibrator(FAMILIES["llama"])
-    questions, answers = change(*random_rows(TURNS))
-    with pytest.raises(ValueError, match=message):
-        run(module, questions, answers, TURNS)
-
-
-def test_families_with_several_rotary_bases_are_refused():
-    config = Gemma3TextConfig(**SMALL, pad_token_id=0)
-    with pytest.raises(ValueError, match=r"gemma3_text.*expected one rotary embedding"):
-        Recalibrator(RecalibratorConfig(student_config=config, teacher_hidden=TEACHER))
-
-
-@pytest.mark.parametrize("bad", [{"num_blocks": 0}, {"teacher_hidden": 0}, {"output_norm": "batchnorm"}])
-def test_bad_config_is_refused(bad):
-    config = RecalibratorConfig(student_config=FAMILIES["llama"], teacher_hidden=TEACHER)
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        dataclasses.replace(config, **bad)
