@@ -94,6 +94,11 @@ class RecalibratorOptions(StrictConfig):
     """Start the blocks from the student's last ones instead of fresh weights (A6)."""
     include_boundary_row: bool = True
     """Supervise the row that predicts the first answer token, the only one that needs the question (A7)."""
+    positions: Literal["joint", "own"] = "joint"
+    """joint: 0, 1, 2, ... over the joint sequence (A8, paper); own: the rows keep the positions that they had in their
+    models' sequences, the paper's ablation without new position ids."""
+    rope_theta: float | None = Field(default=None, gt=0)
+    """Base of the Recalibrator's rotary embedding; the student's by default (A8)."""
 
 
 class ZeroConfig(StrictConfig):

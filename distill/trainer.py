@@ -246,6 +246,8 @@ def _build_recalibrator(job: Job, student: Any, *, trained: Path | None) -> Reca
         num_blocks=options.num_blocks,
         output_norm=options.output_norm,
         projection_bias=options.projection_bias,
+        positions=options.positions,
+        rope_theta=options.rope_theta,
         gradient_checkpointing=job.train.gradient_checkpointing,
     )
     torch.manual_seed(job.train.seed)
