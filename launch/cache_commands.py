@@ -1,4 +1,4 @@
-"""`genrecal cache build`, `status` and `inspect`."""
+"""`genrecal cache answers`, `build`, `status` and `inspect`."""
 
 import dataclasses
 import json
@@ -10,13 +10,44 @@ from launch.arguments import ArgumentParser, cache_parser
 from launch.console import count_of, format_tiers, names_in_line, print_facts, print_json
 from launch.logs import setup_logging
 from launch.run_config import load_run_config
-from teacher_cache.errors import CacheIncomplete
+from teacher_cache.errors import CacheIncomplete, ConfigError
 
 if TYPE_CHECKING:
+    from teacher_cache.answers import AnswersSummary
     from teacher_cache.build_job import BuildSummary
     from teacher_cache.inspect import CacheStatus
 
 _SHOWN_VALUES = 3
+
+
+def answers_parser() -> ArgumentParser:
+    """Return the parser of `cache answers`; what it does not know overrides fields of the run file."""
+    parser = ArgumentParser(
+        "cache answers",
+        description="Have the teacher replace the very short answers of a run file's data, before the cache is built.",
+        exit_codes="0 complete, 3 parts are missing (run it again), 4 the file that is there holds other content",
+    )
+    parser.add_config()
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    return parser
+
+
+def answers_command(argv: Sequence[str]) -> int:
+    """Write the data file of a run file's cache from the one that has the original answers."""
+    options, overrides = answers_parser().parse_known_args(argv)
+    config = load_run_config(options.config, overrides)
+    if config.answers is None:
+        raise ConfigError(f"{options.config} has no section `answers`, which says whose answers are to be replaced")
+    log_dir = Path(config.output_dir) / "logs"
+    setup_logging(log_dir / "cache-answers.log")
+    from teacher_cache.answers import write_answers
+
+    summary = write_answers(config.cache, answers=config.answers, log_dir=log_dir)
+    if options.json:
+        print_json(summary)
+    else:
+        print_facts(_answers_facts(summary))
+    return 0
 
 
 def build_parser() -> ArgumentParser:
@@ -112,6 +143,18 @@ def inspect_command(argv: Sequence[str]) -> int:
     else:
         print_facts(facts)
     return 0
+
+
+def _answers_facts(summary: "AnswersSummary") -> dict[str, str]:
+    counts = summary.counts
+    skipped = f", {summary.skipped[0].sample_id} first" if summary.skipped else ""
+    return {
+        "data": summary.path,
+        "answers": f"{counts.replaced:,} replaced, {counts.unverified:,} not verified and kept, {counts.kept:,} kept",
+        "samples": f"{counts.samples:,} written, {len(summary.skipped):,} skipped{skipped}",
+        "parts": f"{summary.parts:,}, of which this run wrote {summary.parts_written:,}",
+        "generated": f"{count_of(summary.tokens, 'token')} in {summary.seconds:,.0f} s",
+    }
 
 
 def _summary_facts(summary: "BuildSummary") -> dict[str, str]:

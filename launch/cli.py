@@ -39,6 +39,11 @@ COMMANDS = {
         arguments="CONFIG",
         help="tokens, bytes, shards, GPU-hours and break-even; runs nothing",
     ),
+    "cache answers": Command(
+        target="launch.cache_commands:answers_command",
+        arguments="CONFIG",
+        help="have the teacher replace very short answers before the build",
+    ),
     "cache build": Command(
         target="launch.cache_commands:build_command",
         arguments="CONFIG",

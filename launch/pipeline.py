@@ -19,6 +19,7 @@ from launch.logs import setup_logging
 from launch.processes import run_process, trainer_environment
 from launch.run_config import RunConfig, load_run_config, split_config_path, write_run_config
 from launch.train_commands import evaluate_run
+from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.errors import ConfigError, GenrecalError
 
 logger = logging.getLogger(__name__)
@@ -48,14 +49,17 @@ def run_pipeline(*configs: RunConfig) -> None:
     """Build, train, evaluate and report; several run files must share folder and cache, and get one report.
 
     Raises:
-        ConfigError: The run files differ in ``output_dir`` or ``cache``.
+        ConfigError: The run files differ in ``output_dir``, ``cache`` or ``answers``.
         GenrecalError: A step failed; its own message says how to go on.
     """
     first = configs[0]
-    if any((config.output_dir, config.cache) != (first.output_dir, first.cache) for config in configs):
-        raise ConfigError("run files that run together must have the same `output_dir` and `cache`; run them singly")
+    if any(_shared(config) != _shared(first) for config in configs):
+        raise ConfigError(
+            "run files that run together must have the same `output_dir`, `cache` and `answers`; run them singly"
+        )
     output_dir = Path(first.output_dir)
-    steps = [Step(name="cache", action=partial(build, first))]
+    steps = [] if first.answers is None else [Step(name="answers", action=partial(write_answers, first, first.answers))]
+    steps.append(Step(name="cache", action=partial(build, first)))
     steps += [step for config in configs for step in _student_steps(config)]
     if any(config.evaluation is not None for config in configs):
         steps.append(Step(name="report", action=partial(report, output_dir)))
@@ -76,6 +80,22 @@ def _student_steps(config: RunConfig) -> list[Step]:
     if config.evaluation is not None:
         steps.append(Step(name=f"evaluate {names}", action=partial(evaluate, config)))
     return steps
+
+
+def _shared(config: RunConfig) -> tuple[object, ...]:
+    return config.output_dir, config.cache, config.answers
+
+
+def write_answers(config: RunConfig, answers: AnswersConfig) -> bool:
+    """Have the teacher replace very short answers; return whether any part was missing.
+
+    Raises:
+        DataIncomplete: Some parts could not be written.
+    """
+    from teacher_cache import answers as job
+
+    log_dir = Path(config.output_dir) / "logs"
+    return job.write_answers(config.cache, answers=answers, log_dir=log_dir).parts_written > 0
 
 
 def build(config: RunConfig) -> bool:

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from distill.config import StudentConfig, TrainConfig
 from launch.plan_config import PlanConfig
+from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.config import CacheConfig, StrictConfig
 from teacher_cache.errors import ConfigError
 
@@ -43,6 +44,8 @@ class RunConfig(StrictConfig):
     output_dir: str
     """Folder for training state, students, evaluation and report."""
     cache: CacheConfig
+    answers: AnswersConfig | None = None
+    """Very short answers that the teacher replaces before the cache is built; by default the data is used as it is."""
     students: tuple[StudentConfig, ...] = Field(min_length=1)
     """Students that train from the cache, one after the other."""
     train: TrainConfig = TrainConfig()

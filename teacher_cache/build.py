@@ -67,7 +67,7 @@ def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSum
 def _build_missing(job: BuildJob) -> None:
     build = job.config.build
     claims = Claims(job.writer.store, lease_s=build.lease_s)
-    with stop_on_signals() as stop, _ray_session(build) as ray, claims:
+    with stop_on_signals() as stop, ray_session(build) as ray, claims:
         stop.install()
         placement = ReplicaPlacement(ray, job.config)
         missing = job.missing_shards()
@@ -99,7 +99,7 @@ def import_ray() -> ModuleType:
 
 
 @contextmanager
-def _ray_session(build: BuildConfig) -> Iterator[ModuleType]:
+def ray_session(build: BuildConfig) -> Iterator[ModuleType]:
     """Use the Ray that this process is connected to, the cluster at RAY_ADDRESS, or a local one of our own."""
     ray = import_ray()
     if ray.is_initialized():

@@ -44,6 +44,20 @@ def _rebuild_sample_error(message: str, sample_id: str, reason: str) -> SampleEr
     return SampleError(message, sample_id=sample_id, reason=reason)
 
 
+class DataIncomplete(DataError):
+    """A data file that is written in parts, of which some are missing: run the command again."""
+
+    code = "data-incomplete"
+    exit_code = 3
+
+
+class DataMismatch(DataError):
+    """A data file that was written from other content or with other settings than the run asks for."""
+
+    code = "data-mismatch"
+    exit_code = 4
+
+
 class TeacherError(GenrecalError):
     """The teacher engine failed or returned targets that fail their checks."""
 

@@ -81,6 +81,14 @@ class SampleFile:
         """
         return [self._sample(entry, row) for entry, row in zip(entries, self._rows(entries), strict=True)]
 
+    def rows(self, entries: Sequence[SampleEntry]) -> list[Any]:
+        """Return the rows of these entries as they lie in the file.
+
+        Raises:
+            DataError: The file is gone.
+        """
+        return list(self._rows(entries))
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()

@@ -58,7 +58,7 @@ class VllmTeacher:
     ) -> None:
         directory = checkpoint_directory(config)
         on_cuda = torch.cuda.is_available()
-        _prepare_process(config.model, on_cuda=on_cuda, log_file=log_file)
+        prepare_process(config.model, on_cuda=on_cuda, log_file=log_file)
         import vllm
 
         if not on_cuda:
@@ -93,12 +93,9 @@ class VllmTeacher:
 
     def close(self) -> None:
         """Shut the engine down and free its memory."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        self._llm.llm_engine.engine_core.shutdown()
+        llm = self._llm
         del self._llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        shut_down(llm)
 
     def _targets(self, done: FinishedRequest, *, topk: int) -> TeacherTargets:
         conversation, with_question = done.request.conversation, done.request.question_rows
@@ -158,7 +155,18 @@ def check_token_ids(conversation: EncodedConversation, *, found: Int[np.ndarray,
     )
 
 
-def _prepare_process(model: str, *, on_cuda: bool, log_file: Path | None) -> None:
+def shut_down(llm: Any) -> None:
+    """Shut an engine down to which nobody else refers, and free its memory."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def prepare_process(model: str, *, on_cuda: bool, log_file: Path | None) -> None:
+    """Set this process up before it imports vLLM."""
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         _logging_config_path(log_file).write_text(json.dumps(_logging_config(log_file)), encoding="utf-8")

@@ -73,7 +73,7 @@ def test_run_files_of_different_caches_do_not_run_together(tmp_path: Path) -> No
         students = [{"name": "s", "model": "m"}]
         return RunConfig.model_validate({"output_dir": str(tmp_path), "cache": values, "students": students})
 
-    with pytest.raises(ConfigError, match="same `output_dir` and `cache`"):
+    with pytest.raises(ConfigError, match="same `output_dir`, `cache` and `answers`"):
         run_pipeline(run_file("a"), run_file("b"))
 
 
