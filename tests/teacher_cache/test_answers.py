@@ -443,9 +443,8 @@ def write_run_file(folder: Path, *, data: str, count: int) -> Path:
     return path
 
 
-def start(run_file: Path, *overrides: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "launch.cli", "cache", "answers", str(run_file), "--json", *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def command(run_file: Path) -> list[str]:
+    return [sys.executable, "-m", "launch.cli", "cache", "answers", str(run_file), "--json"]
 
 
 def check_written(path: Path, *, count: int) -> AnswerCounts:
@@ -469,10 +468,9 @@ def check_written(path: Path, *, count: int) -> AnswerCounts:
 @pytest.mark.slow
 def test_the_teacher_writes_answers_through_ray_and_vllm(tmp_path: Path) -> None:
     run_file = write_run_file(tmp_path, data="data.parquet", count=16)
-    done = start(run_file)
-    out, err = done.communicate()
-    assert done.returncode == 0, err
-    summary = json.loads(out)
+    done = subprocess.run(command(run_file), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
     counts = check_written(tmp_path / "data.parquet", count=16)
     assert AnswerCounts(**summary["counts"]) == counts
     assert (summary["parts"], summary["parts_written"]) == (2, 2)
@@ -482,13 +480,12 @@ def test_the_teacher_writes_answers_through_ray_and_vllm(tmp_path: Path) -> None
 
 @pytest.mark.nightly
 def test_an_interrupted_job_makes_the_same_file(tmp_path: Path) -> None:
-    quiet = start(write_run_file(tmp_path, data="quiet.parquet", count=64))
-    assert quiet.wait() == 0
+    subprocess.run(command(write_run_file(tmp_path, data="quiet.parquet", count=64)), check=True)
     run_file = write_run_file(tmp_path, data="data.parquet", count=64)
     parts = tmp_path / "data.parquet.parts"
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 3)):
         seen = len(list(parts.glob("part-*.parquet")))
-        job = start(run_file)
+        job = subprocess.Popen(command(run_file), start_new_session=True)
         while len(list(parts.glob("part-*.parquet"))) <= seen:
             assert job.poll() is None
             time.sleep(0.02)
@@ -497,7 +494,7 @@ def test_an_interrupted_job_makes_the_same_file(tmp_path: Path) -> None:
         assert job.wait() == code
         assert before.items() <= {path: path.stat().st_ino for path in parts.glob("part-*.parquet")}.items()
         assert not (tmp_path / "data.parquet").exists()
-    assert start(run_file).wait() == 0
+    subprocess.run(command(run_file), check=True)
     assert not parts.exists()
     assert (tmp_path / "data.parquet").read_bytes() == (tmp_path / "quiet.parquet").read_bytes()
 
