@@ -20,13 +20,19 @@ from distill.chunked_losses import (
     accumulation_dtype,
     linear_ce,
     linear_ce_kl,
+    linear_divergence,
 )
+from distill.divergences import FORWARD_KL, Divergence
+from distill.linear_head import LinearHead
 from distill.uld import topk_uld_loss, uld_loss
 
 __all__ = [
     "DEFAULT_CHUNKS",
+    "FORWARD_KL",
     "HEAD_CHUNK_ROWS",
     "ChunkSizes",
+    "Divergence",
+    "LinearHead",
     "TokenLosses",
     "feature_mse",
     "forward_kl",
@@ -34,6 +40,7 @@ __all__ = [
     "jensen_shannon",
     "linear_ce",
     "linear_ce_kl",
+    "linear_divergence",
     "reverse_kl",
     "topk_forward_kl",
     "topk_uld_loss",
