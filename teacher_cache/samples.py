@@ -110,7 +110,9 @@ def read_rows(path: Path, *, columns: Collection[str] | None = None) -> Iterator
         DataError: The file is missing, damaged or of another kind.
     """
     if not path.is_file():
-        raise DataError(f"no data file at {path}: check `data.path`")
+        raise DataError(
+            f"no data file at {path}: check `data.path`; with `answers`, run `genrecal cache answers` first"
+        )
     if path.suffix == ".parquet":
         yield from enumerate(_parquet_rows(path, columns=columns))
     elif path.suffix == ".jsonl":

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from launch import pipeline
 from launch.pipeline import run_pipeline, timed
 from launch.processes import process_rank, run_process, trainer_environment, under_launcher
 from launch.run_config import RunConfig
-from teacher_cache.errors import ConfigError
+from teacher_cache.answers_config import AnswersConfig
+from teacher_cache.errors import CacheIncomplete, ConfigError
 
 
 def test_exit_codes_pass_through() -> None:
@@ -75,6 +77,27 @@ def test_run_files_of_different_caches_do_not_run_together(tmp_path: Path) -> No
 
     with pytest.raises(ConfigError, match="same `output_dir`, `cache` and `answers`"):
         run_pipeline(run_file("a"), run_file("b"))
+
+
+def test_answers_are_written_before_the_cache_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+
+    def build(config: RunConfig) -> bool:
+        steps.append(f"build from {config.cache.data.path}")
+        raise CacheIncomplete("as far as this test goes")
+
+    def write_answers(config: RunConfig, answers: AnswersConfig) -> bool:
+        steps.append(f"answers from {answers.source}")
+        return True
+
+    monkeypatch.setattr(pipeline, "build", build)
+    monkeypatch.setattr(pipeline, "write_answers", write_answers)
+    cache = {"uri": "c", "teacher": {"model": "t"}, "data": {"path": "new.parquet"}}
+    values = {"output_dir": str(tmp_path), "cache": cache, "students": [{"name": "s", "model": "m"}]}
+    for answers in (None, {"source": "old.parquet"}):
+        with pytest.raises(CacheIncomplete):
+            run_pipeline(RunConfig.model_validate(values | {"answers": answers}))
+    assert steps == ["build from new.parquet", "answers from old.parquet", "build from new.parquet"]
 
 
 def test_timings_add_up_over_runs_and_survive_a_failure(tmp_path: Path) -> None:
