@@ -152,6 +152,11 @@ class _Template:
         opened = self.render(messages[:first], add_generation_prompt=True)
         return opened[_shared(before, opened) :]
 
+    def end_of(self, count: int, text: str) -> int | None:
+        """Return where so many messages end in a rendering of more, None where they are rendered otherwise there."""
+        before = self.render(self._sample.messages[:count])
+        return len(before) if text.startswith(before) else None
+
     def require_whole(self, marked: _Marked, index: int, what: str, text: str) -> tuple[int, int]:
         """Return where a marked text stands.
 
@@ -233,9 +238,9 @@ def _locate(template: _Template, index: int, *, marked: _Marked, as_last: _Marke
     ]
     first = min(place[0] for place in places.values())
     last = max(place[1] for place in places.values())
-    start = _header_end(marked.text, before=first, header=header)
+    start = _header_end(marked.text, before=first, header=header) if header else template.end_of(index, marked.text)
     if start is None:
-        raise template.error(f"does not open message {index} as it opens an answer that is to be written, {header!r}")
+        raise template.error(f"does not begin message {index} as it begins an answer that is to be written, {header!r}")
     appended = as_last.text[max(place[1] for place in as_last.places[index].values()) :]
     turn_stop = last + _shared(marked.text[last:], appended)
     body_stop = len(marked.text[:turn_stop].rstrip()) if calls else last

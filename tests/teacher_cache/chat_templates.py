@@ -75,6 +75,14 @@ PLAIN = """\
 """
 """As ChatML was at first: knows neither thinking nor tools."""
 
+HEADERLESS = """\
+{%- for message in messages -%}
+    {%- if message.role == 'assistant' -%}{{- ' ' + message.content + '<|im_end|>' -}}
+    {%- else -%}{{- '[INST] ' + message.content + ' [/INST]' -}}{%- endif -%}
+{%- endfor -%}
+"""
+"""As Llama 2: an answer begins where the question ends."""
+
 UNFIT = {
     "drops all but the last answer": PLAIN.replace(
         "{{- '<|im_start|>'", "{%- if message.role == 'user' or loop.last -%}{{- '<|im_start|>'"

@@ -11,7 +11,7 @@ from teacher_cache.errors import SampleError
 from teacher_cache.rendering import render_conversation
 from teacher_cache.samples import parse_row
 from teacher_cache.schema import EncodedConversation, Sample
-from tests.teacher_cache.chat_templates import CHATML_THINKING, HEADERS, OPEN_THINKING, PLAIN, UNFIT
+from tests.teacher_cache.chat_templates import CHATML_THINKING, HEADERLESS, HEADERS, OPEN_THINKING, PLAIN, UNFIT
 
 Row = dict[str, Any]
 THINKING = [("Sum?", "three and four", "seven"), ("And?", "five and seven", "The sum is twelve.")]
@@ -87,7 +87,7 @@ def test_thinking_is_in_the_span_where_the_template_keeps_it(tokenizer: Processo
 
 def test_templates_that_keep_and_drop_thinking_see_the_same_turns_and_texts(tokenizer: Processor) -> None:
     lengths = [len("seven"), len("The sum is twelve.")]
-    for template in (CHATML_THINKING, HEADERS, OPEN_THINKING, PLAIN):
+    for template in (CHATML_THINKING, HEADERS, OPEN_THINKING, HEADERLESS, PLAIN):
         for sample in (thinking(inline=False), thinking(inline=True)):
             encoded, answers = spans_of(tokenizer, template, sample)
             assert text_bytes(encoded) == lengths
@@ -98,8 +98,10 @@ def test_templates_that_keep_and_drop_thinking_see_the_same_turns_and_texts(toke
 
 
 def test_a_template_without_thinking_keeps_it_as_text(tokenizer: Processor) -> None:
-    _, answers = spans_of(tokenizer, PLAIN, thinking(inline=False))
-    assert answers[0] == "<think>\nthree and four\n</think>\n\nseven<|im_end|>"
+    for template in (PLAIN, HEADERLESS):
+        for sample in (thinking(inline=False), thinking(inline=True)):
+            _, answers = spans_of(tokenizer, template, sample)
+            assert answers[0].lstrip() == "<think>\nthree and four\n</think>\n\nseven<|im_end|>"
 
 
 def test_the_header_that_opens_thinking_is_not_in_the_span(tokenizer: Processor) -> None:
