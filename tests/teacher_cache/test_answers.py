@@ -479,6 +479,7 @@ def test_the_teacher_writes_answers_through_ray_and_vllm(tmp_path: Path) -> None
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(7200)
 def test_an_interrupted_job_makes_the_same_file(tmp_path: Path) -> None:
     subprocess.run(command(write_run_file(tmp_path, data="quiet.parquet", count=64)), check=True)
     run_file = write_run_file(tmp_path, data="data.parquet", count=64)

@@ -37,6 +37,7 @@ from tests.teacher_cache.test_build import (
 __all__ = ["local_ray"]
 
 SAMPLES_PER_SHARD = 4
+LONG = (pytest.mark.nightly, pytest.mark.timeout(7200))
 FIGURE = re.compile(r"^ray_genrecal_build_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 
@@ -81,8 +82,8 @@ class Scraper:
         return figures
 
     def watch(self, done: threading.Event) -> None:
-        """Scrape every second until the build is done."""
-        while not done.wait(1.0):
+        """Scrape every two seconds until the build is done."""
+        while not done.wait(2.0):
             self.scrape()
 
 
@@ -127,7 +128,7 @@ def check_figures(scraper: Scraper, *, samples: int, shards: int, kills: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=LONG)])
 def test_killed_workers_lose_nothing(
     kills: int, local_ray: None, tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path
 ) -> None:
@@ -181,8 +182,8 @@ def faults(*methods: str, at_most: int) -> str:
     ("copies", "at_most", "methods"),
     [
         (1, 3, (PUSH_TASK,)),
-        pytest.param(6, -1, (PUSH_TASK,), marks=pytest.mark.nightly),
-        pytest.param(6, -1, (REPORT_ITEM, LEASE, CREATE_ACTOR), marks=pytest.mark.nightly),
+        pytest.param(6, -1, (PUSH_TASK,), marks=LONG),
+        pytest.param(6, -1, (REPORT_ITEM, LEASE, CREATE_ACTOR), marks=LONG),
     ],
     ids=["few", "tasks", "others"],
 )
@@ -242,6 +243,7 @@ def wait_for_none(mark: str, *, timeout_s: float) -> float:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(7200)
 def test_killed_drivers_lose_nothing_and_leave_no_process(
     local_ray: None, tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path
 ) -> None:
