@@ -1,0 +1,204 @@
+"""The pool of actors that write answers, with actors that die, hang and fail: no Ray, but what the pool calls of it."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teacher_cache.answer_pool import AnswerPool
+from teacher_cache.answer_writing import WritingProgress, WrittenPart, WrittenSample
+from teacher_cache.answers_config import AnswersConfig
+from teacher_cache.build_job import StopRequest
+from teacher_cache.config import CacheConfig
+from teacher_cache.errors import DataIncomplete, TeacherError
+
+Signs = Iterator[Any]
+Behaviour = Callable[[list[str]], Signs]
+
+
+class RayError(Exception):
+    """As Ray's own."""
+
+
+class RayTaskError(RayError):
+    """As Ray's own: holds what the task raised."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+
+
+@dataclass
+class Stream:
+    """What a streaming call returns: its items are ready while ``signs`` gives any but None."""
+
+    signs: Signs
+    pending: Any = None
+
+    def is_ready(self) -> bool:
+        self.pending = self.pending if self.pending is not None else next(self.signs)
+        return self.pending is not None
+
+    def __next__(self) -> Any:
+        item, self.pending = self.pending, None
+        return item
+
+    __hash__ = object.__hash__
+
+
+class Ray:
+    """The calls of the pool."""
+
+    class exceptions:  # noqa: N801
+        RayError, RayTaskError = RayError, RayTaskError
+
+    def wait(
+        self, streams: Sequence[Stream], *, timeout: float, fetch_local: bool
+    ) -> tuple[list[Stream], list[Stream]]:
+        ready = [stream for stream in streams if stream.is_ready()]
+        if not ready:
+            time.sleep(0.01)
+        return ready, []
+
+    def get(self, item: Any) -> Any:
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+class Actor:
+    """An actor that does as it is told; its method can be called as Ray's are."""
+
+    def __init__(self, behaviour: Behaviour) -> None:
+        self.behaviour = behaviour
+        self.write = self
+
+    def options(self, *, num_returns: str) -> "Actor":
+        return self
+
+    def remote(self, samples: list[str]) -> Stream:
+        return Stream(self.behaviour(samples))
+
+
+@dataclass
+class Placement:
+    """Starts actors with the behaviours given, then with ones that work."""
+
+    behaviours: list[Behaviour]
+    started: list[Actor] = field(default_factory=list)
+    stopped: list[Actor] = field(default_factory=list)
+
+    def start(self, *_: Any) -> Actor:
+        number = len(self.started)
+        self.started.append(Actor(self.behaviours[number] if number < len(self.behaviours) else works))
+        return self.started[-1]
+
+    def stop(self, actor: Actor) -> None:
+        self.stopped.append(actor)
+
+
+@dataclass
+class Job:
+    """Three parts of two samples, which are their names."""
+
+    parts: list[list[str]] = field(default_factory=lambda: [["a", "b"], ["c", "d"], ["e", "f"]])
+    committed: list[int] = field(default_factory=list)
+
+    def read(self, part: int) -> list[str]:
+        return self.parts[part]
+
+    def commit(self, part: int, samples: Sequence[WrittenSample]) -> None:
+        assert [sample.sample_id for sample in samples] == self.parts[part]
+        self.committed.append(part)
+
+
+def works(samples: list[str]) -> Signs:
+    yield WritingProgress(samples=1, tokens=5)
+    written = [WrittenSample(sample_id=name, messages=(), original_answers=(), outcomes=()) for name in samples]
+    yield WrittenPart(samples=tuple(written), tokens=10)
+
+
+def dies(samples: list[str]) -> Signs:
+    yield WritingProgress(samples=1, tokens=7)
+    yield RayError("the actor died")
+
+
+def fails(samples: list[str]) -> Signs:
+    yield RayTaskError(TeacherError("no memory"))
+
+
+def hangs(samples: list[str]) -> Signs:
+    yield WritingProgress(samples=1, tokens=7)
+    while True:
+        yield None
+
+
+def never_starts(samples: list[str]) -> Signs:
+    while True:
+        yield None
+
+
+def fails_with_c(samples: list[str]) -> Signs:
+    yield from fails(samples) if "c" in samples else works(samples)
+
+
+def run(*behaviours: Behaviour, stop: StopRequest | None = None, **build: Any) -> tuple[Job, Placement, AnswerPool]:
+    values = {"uri": "c", "teacher": {"model": "t"}, "data": {"path": "new.parquet"}, "build": build}
+    job, placement = Job(), Placement([*behaviours])
+    pool = AnswerPool(
+        job,  # type: ignore[arg-type]
+        cache=CacheConfig.model_validate(values),
+        answers=AnswersConfig(source="old.parquet"),
+        ray=Ray(),  # type: ignore[arg-type]
+        placement=placement,  # type: ignore[arg-type]
+        log_dir=Path("logs"),
+    )
+    try:
+        pool.run([0, 1, 2], stop=stop or StopRequest())
+    except (DataIncomplete, TeacherError) as error:
+        error.add_note(str(sorted(job.committed)))
+        raise
+    finally:
+        assert {*placement.stopped} == {*placement.started}, "every actor is stopped"
+    return job, placement, pool
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_parts_are_written_once_by_few_actors(replicas: int) -> None:
+    job, placement, pool = run(num_replicas=replicas)
+    assert sorted(job.committed) == [0, 1, 2]
+    assert len(placement.started) == replicas
+    assert pool.tokens == 30
+
+
+@pytest.mark.parametrize("behaviour", [dies, fails, hangs, never_starts])
+def test_a_part_whose_actor_is_lost_goes_to_a_fresh_one(behaviour: Behaviour) -> None:
+    job, placement, pool = run(behaviour, stall_timeout_s=0.1, start_timeout_s=0.1)
+    assert sorted(job.committed) == [0, 1, 2]
+    assert len(placement.started) == 2
+    assert pool.tokens == 30, "what a lost attempt has told is taken back"
+
+
+def test_a_part_that_always_fails_is_left_out_and_named() -> None:
+    with pytest.raises(
+        DataIncomplete, match=r"1 part\(s\) of new\.parquet failed 2 times:\n  part 1: no memory"
+    ) as caught:
+        run(*[fails_with_c] * 9, max_attempts=2)
+    assert caught.value.exit_code == 3
+    assert caught.value.__notes__ == ["[0, 2]"]
+
+
+@pytest.mark.parametrize(("behaviour", "why"), [(fails, "no memory"), (never_starts, "has not started its engine")])
+def test_a_teacher_that_writes_nothing_is_given_up(behaviour: Behaviour, why: str) -> None:
+    with pytest.raises(TeacherError, match=rf"part 0 failed 2 times, the last time with: .*{why}.*logs are in logs"):
+        run(*[behaviour] * 9, max_attempts=2, start_timeout_s=0.05)
+
+
+def test_a_signal_ends_the_run_as_incomplete() -> None:
+    stop = StopRequest()
+    stop.signal = signal.SIGTERM
+    with pytest.raises(DataIncomplete, match=r"stopped by SIGTERM with 3 part\(s\) of new\.parquet missing"):
+        run(stop=stop)
