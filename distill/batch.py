@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from distill.logit_targets import LogitNeeds, LogitTargets, pack_logit_targets
+from distill.stand_ins import choose_stand_ins, move_answers, other_stand_ins, supervised_tokens
 from recalibrator.joint_sequence import (
     JointSequence,
     Turn,
@@ -60,22 +62,17 @@ class RecalibratedPass:
     teacher_rows: Float[Tensor, "answer_tokens teacher_hidden"]
     labels: Int[Tensor, " answer_tokens"]
     weights: Float[Tensor, " answer_tokens"]
+    stand_ins: Int[Tensor, " stand_ins"] | None = None
+    """Rows of the student's answers that take the place of the teacher's; None where none does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffledPass:
-    """The main pass with every sample's questions replaced by the next one's."""
+    """The main pass with every sample's rows of the student replaced by the next one's."""
 
     plan: JointSequence
-    question_index: Int[Tensor, " question_rows"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TopkTargets:
-    """The teacher's highest log-probabilities per student answer token (one tokenizer for both)."""
-
-    ids: Int[Tensor, "student_answer_tokens k"]
-    logprobs: Float[Tensor, "student_answer_tokens k"]
+    student_index: Int[Tensor, " student_rows"]
+    """Into question rows, then stand-ins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +87,7 @@ class Batch:
     sample_of_answer_token: Int[Tensor, " answer_tokens"] | None = None
     regularization: RecalibratedPass | None = None
     shuffled: ShuffledPass | None = None
-    topk: TopkTargets | None = None
+    logit_targets: LogitTargets | None = None
 
 
 def to_device(record: Record, device: torch.device) -> Record:
@@ -111,8 +108,9 @@ def collate(
     with_answers: bool,
     with_recalibrator: bool,
     with_regularization: bool,
-    with_topk: bool,
     include_boundary_row: bool,
+    student_answer_fraction: float = 0.0,
+    logit_needs: LogitNeeds | None = None,
 ) -> Batch:
     """Build one micro-batch.
 
@@ -121,15 +119,16 @@ def collate(
         with_answers: Feed the student its answers too; otherwise it stops at its last question row.
         with_recalibrator: Pack the teacher's rows for the Recalibrator's main pass.
         with_regularization: Pack the teacher's question rows of the samples that have them.
-        with_topk: Pack the teacher's highest log-probabilities for the student's own rows.
         include_boundary_row: Supervise the row that predicts the first answer token of a turn (A7).
+        student_answer_fraction: Share of each answer whose rows come from the student in the main pass.
+        logit_needs: What to pack of the teacher's predictions for the student's own rows.
     """
     questions = [len(question_positions(sample.encoded.spans)) for sample in samples]
     batch = Batch(
         sample_ids=tuple(sample.encoded.sample_id for sample in samples if sample.weight),
         student=_student_batch(samples, with_answers=with_answers),
         sample_of_question_row=torch.arange(len(samples)).repeat_interleave(torch.tensor(questions)),
-        topk=_topk_targets(samples) if with_topk else None,
+        logit_targets=None if logit_needs is None else _logit_targets(samples, logit_needs),
     )
     if not with_recalibrator:
         return batch
@@ -138,12 +137,16 @@ def collate(
         samples, plan=plan_joint_sequence(turns), question_rows=None, include_boundary_row=include_boundary_row
     )
     lengths = torch.tensor([sum(turn.num_answer_rows for turn in sample_turns) for sample_turns in turns])
+    shuffled = _shuffled_pass(turns, main.plan)
+    if student_answer_fraction > 0:
+        width = batch.student.input_ids.shape[1]
+        main, shuffled = _with_stand_ins(samples, main, shuffled, fraction=student_answer_fraction, width=width)
     return dataclasses.replace(
         batch,
         main=main,
         sample_of_answer_token=torch.arange(len(samples)).repeat_interleave(lengths),
         regularization=_regularization_pass(samples, include_boundary_row) if with_regularization else None,
-        shuffled=_shuffled_pass(turns, main.plan),
+        shuffled=shuffled,
     )
 
 
@@ -254,14 +257,40 @@ def _regularization_pass(samples: Sequence[JoinedSample], include_boundary_row: 
 def _shuffled_pass(turns: Sequence[Sequence[Turn]], plan: JointSequence) -> ShuffledPass:
     if len(turns) == 1:
         # nothing to swap with, but every process must make the same calls
-        return ShuffledPass(plan=plan, question_index=torch.arange(len(plan.question_slots)))
+        return ShuffledPass(plan=plan, student_index=torch.arange(len(plan.question_slots)))
     shuffled = shuffle_questions(turns)
-    return ShuffledPass(plan=plan_joint_sequence(shuffled.turns), question_index=shuffled.question_rows)
+    return ShuffledPass(plan=plan_joint_sequence(shuffled.turns), student_index=shuffled.question_rows)
 
 
-def _topk_targets(samples: Sequence[JoinedSample]) -> TopkTargets:
-    targets = [_targets(sample) for sample in samples]
-    return TopkTargets(
-        ids=torch.cat([target.topk_ids for target in targets if target.topk_ids is not None]).long(),
-        logprobs=torch.cat([target.topk_logprobs for target in targets if target.topk_logprobs is not None]),
+def _with_stand_ins(
+    samples: Sequence[JoinedSample], main: RecalibratedPass, shuffled: ShuffledPass, *, fraction: float, width: int
+) -> tuple[RecalibratedPass, ShuffledPass]:
+    """Put rows of the student's answers, indices into its grid of ``width`` columns, in the place of the teacher's."""
+    chosen = [choose_stand_ins(s.encoded, _targets(s), fraction=fraction) for s in samples]
+    replaced = torch.cat([one.replaced for one in chosen])
+    exact = torch.cat([one.exact for one in chosen])
+    rows = torch.cat([one.positions + index * width for index, one in enumerate(chosen)])
+    supervised = supervised_tokens(main.plan, replaced=replaced, exact=exact)
+    others = other_stand_ins([int(one.replaced.sum()) for one in chosen])
+    return (
+        dataclasses.replace(
+            main,
+            plan=move_answers(main.plan, replaced),
+            answer_rows=main.answer_rows[~replaced],
+            weights=main.weights * supervised,
+            stand_ins=rows[replaced],
+        ),
+        ShuffledPass(
+            plan=move_answers(shuffled.plan, replaced),
+            student_index=torch.cat([shuffled.student_index, len(main.plan.question_slots) + others]),
+        ),
+    )
+
+
+def _logit_targets(samples: Sequence[JoinedSample], needs: LogitNeeds) -> LogitTargets:
+    return pack_logit_targets(
+        encoded=[sample.encoded for sample in samples],
+        targets=[_targets(sample) for sample in samples],
+        weights=[sample.weight for sample in samples],
+        needs=needs,
     )

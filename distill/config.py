@@ -4,10 +4,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from distill.loss_names import DivergenceKind, RegularizationForm
 from teacher_cache.config import Dtype, StrictConfig
 
 Stage = Literal["align", "distill", "finetune"]
-Method = Literal["genrecal", "sft", "kd"]
+Method = Literal["genrecal", "sft", "kd", "uld"]
+LogitSource = Literal["topk", "rows"]
 Backend = Literal["zero3", "torch"]
 
 STAGES: tuple[Stage, ...] = ("align", "distill", "finetune")
@@ -29,7 +31,8 @@ class StudentConfig(StrictConfig):
     max_skipped_samples: int = Field(default=0, ge=0)
     """Bad samples on the student's side (too long) that are left out per process and stage; one more stops."""
     method: Method = "genrecal"
-    """genrecal; sft: the student's own cross-entropy alone; kd: same-tokenizer distillation from tier L alone."""
+    """genrecal; sft: the student's own cross-entropy alone; kd and uld add to it what `BaselineOptions` says: kd the
+    divergence from a teacher with the same tokenizer, uld a distance over spans aligned across tokenizers."""
     trust_remote_code: bool = False
     """Run Python code that ships with the checkpoint."""
 
@@ -66,6 +69,13 @@ class AlignConfig(StageConfig):
 
     regularization_weight: float = Field(default=1.0, ge=0)
     """Weight of the loss from the teacher's own question rows; needs tier Q in the cache when above 0."""
+    regularization_form: RegularizationForm = "ce_kl"
+    """What that loss compares: the head's predictions (ce, kl or both; the paper's choice is both), the rows before the
+    head (feature_mse), or nothing (none, which needs no tier Q)."""
+    ce_weight: float = Field(default=1.0, ge=0)
+    """Weight of the recalibrated rows' cross-entropy, L_ar; 0 is the paper's ablation without it."""
+    kl_weight: float = Field(default=1.0, ge=0)
+    """Weight of the recalibrated rows' divergence from the teacher."""
 
 
 class DistillConfig(StageConfig):
@@ -73,6 +83,14 @@ class DistillConfig(StageConfig):
 
     regularization_weight: float = Field(default=0.0, ge=0)
     """As in align (A3); the paper's algorithm leaves it out here."""
+    regularization_form: RegularizationForm = "ce_kl"
+    """As in align."""
+    ce_weight: float = Field(default=1.0, ge=0)
+    """As in align."""
+    kl_weight: float = Field(default=1.0, ge=0)
+    """As in align."""
+    sft_weight: float = Field(default=1.0, ge=0)
+    """Weight of the student's own cross-entropy; 0 leaves nothing that teaches its answer rows, and warns."""
     train_recalibrator: bool = True
     """Train the Recalibrator too (A1); false is the reading of the paper's figure."""
 
@@ -99,6 +117,25 @@ class RecalibratorOptions(StrictConfig):
     models' sequences, the paper's ablation without new position ids."""
     rope_theta: float | None = Field(default=None, gt=0)
     """Base of the Recalibrator's rotary embedding; the student's by default (A8)."""
+    student_answer_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Share of each answer, counted from its end, whose rows come from the student instead of the teacher: closes the
+    identity shortcut (docs/paper.md). 0 is the paper; above 0 needs tier L in the cache."""
+
+
+class BaselineOptions(StrictConfig):
+    """What kd and uld add to the student's own cross-entropy in distill; genrecal and sft do not read it."""
+
+    source: LogitSource = "topk"
+    """Teacher distributions: topk from tier L, everything below rank k as one entry; or exact, from the cached rows
+    through the teacher's head."""
+    weight: float = Field(default=1.0, ge=0)
+    """Weight beside the student's own cross-entropy."""
+    divergence: DivergenceKind = "forward_kl"
+    """Divergence of kd."""
+    jensen_shannon_beta: float = Field(default=0.5, gt=0, lt=1)
+    """The teacher's share in the mixture of jensen_shannon."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of both sides; uld needs source rows for another one than 1."""
 
 
 class ZeroConfig(StrictConfig):
@@ -116,11 +153,12 @@ class TrainConfig(StrictConfig):
     """All stages of one student's training."""
 
     stages: tuple[Stage, ...] = STAGES
-    """Stages to run, in this order; sft and kd have no align stage and leave it out."""
+    """Stages to run, in this order; sft, kd and uld have no align stage and leave it out."""
     align: AlignConfig = AlignConfig()
     distill: DistillConfig = DistillConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     recalibrator: RecalibratorOptions = RecalibratorOptions()
+    baselines: BaselineOptions = BaselineOptions()
     num_processes: int = Field(default=1, gt=0)
     """Processes that train together, over all nodes."""
     backend: Backend = "zero3"

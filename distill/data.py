@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from distill.batch import Batch, JoinedSample, answer_lengths, collate
 from distill.config import STAGES, Stage, StudentConfig
-from distill.stages import StageSpec
+from distill.stage_spec import StageSpec
 from teacher_cache import TeacherCache
 from teacher_cache.chat import encode_conversation
 from teacher_cache.errors import CacheMismatch, ConfigError, DataError, SampleError
@@ -131,7 +131,7 @@ class JoinedData:
             return [JoinedSample(encoded=encoding, targets=None) for encoding in encoded]
         targets = self.cache.read([encoding.sample_id for encoding in encoded], tiers=self.spec.tiers)
         for encoding, target in zip(encoded, targets, strict=True):
-            check_turns(encoding, target, same_tokens=self.spec.with_topk)
+            check_turns(encoding, target, same_tokens=self.spec.same_tokens)
         return [JoinedSample(encoded=e, targets=t) for e, t in zip(encoded, targets, strict=True)]
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -143,11 +143,12 @@ class JoinedData:
         """Build one micro-batch as the stage takes it."""
         return collate(
             joined,
-            with_answers=self.spec.with_answers,
+            with_answers=self.spec.reads_answers,
             with_recalibrator=self.spec.with_recalibrator,
             with_regularization=self.spec.regularization_weight > 0,
-            with_topk=self.spec.with_topk,
             include_boundary_row=self.spec.include_boundary_row,
+            student_answer_fraction=self.spec.student_answer_fraction,
+            logit_needs=self.spec.logit_needs,
         )
 
     @cached_property
@@ -236,7 +237,8 @@ def check_turns(encoded: EncodedConversation, targets: TeacherTargets, *, same_t
     if own != teacher:
         raise CacheMismatch(
             f"sample {encoded.sample_id}: method kd needs the teacher's tokenizer and template, but the answers have "
-            f"{answer_lengths(encoded.spans)} student and {answer_lengths(targets.spans)} teacher tokens; use genrecal"
+            f"{answer_lengths(encoded.spans)} student and {answer_lengths(targets.spans)} teacher tokens; use uld or "
+            "genrecal"
         )
 
 

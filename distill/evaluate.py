@@ -170,7 +170,6 @@ def _answer_nats(chat: ChatModel, conversations: Sequence[EncodedConversation]) 
         with_answers=True,
         with_recalibrator=False,
         with_regularization=False,
-        with_topk=False,
         include_boundary_row=True,
     )
     student = to_device(batch.student, chat.model.device)

@@ -22,15 +22,11 @@ def probe_batches(data: JoinedData, *, micro_batch_size: int) -> list[Batch]:
     """
     if not data.spec.with_recalibrator:
         return []
-    with_questions = dataclasses.replace(data, spec=dataclasses.replace(data.spec, regularization_weight=1.0))
+    with_questions = dataclasses.replace(data, spec=data.spec.with_regularization(1.0))
     joined = with_questions.load(range(min(PROBE_SAMPLES, len(data.sample_ids))))
     complete = [s for s in joined if s.targets is not None and s.targets.question_hidden_states is not None]
     chosen = complete or joined
-    probe = (
-        with_questions
-        if complete
-        else dataclasses.replace(data, spec=dataclasses.replace(data.spec, regularization_weight=0.0))
-    )
+    probe = with_questions if complete else dataclasses.replace(data, spec=data.spec.with_regularization(0.0))
     return [
         probe.collate(chosen[start : start + micro_batch_size]) for start in range(0, len(chosen), micro_batch_size)
     ]

@@ -17,10 +17,10 @@ from distill.config import STAGES, StageConfig, TrainConfig
 from distill.data import JoinedData, SampleOrder, global_batches
 from distill.engine import Engine
 from distill.features import probe_batches, write_features
-from distill.metrics import GAP_METRIC, MetricsFile, console_line, learning_rate, loss_metrics, warn_of_small_gap
+from distill.metrics import GapWarning, MetricsFile, console_line, gap_metrics, learning_rate, loss_metrics
 from distill.processes import Processes
 from distill.signals import Signals
-from distill.stages import Counts, StageLosses, Totals, batch_counts
+from distill.stages import Counts, ShuffleSums, StageLosses, Totals, batch_counts
 from teacher_cache.errors import GenrecalError
 from teacher_cache.prefetch import Prefetch
 from teacher_cache.progress import Progress, progress
@@ -63,6 +63,8 @@ def run_steps(loop: Loop) -> None:
         SystemExit: 128 + n after signal n, once a checkpoint is written.
     """
     start = _resume(loop)
+    gap_warning = GapWarning(label=loop.label, max_steps=loop.max_steps)
+    _announce(loop)
     probe = probe_batches(loop.data, micro_batch_size=loop.config.micro_batch_size)
     if start == 0:
         write_features(loop.engine, probe, loop.directory / "features_first.safetensors", processes=loop.processes)
@@ -72,7 +74,7 @@ def run_steps(loop: Loop) -> None:
         _progress(loop, start=start) as bar,
     ):
         for step in range(start, loop.max_steps):
-            record, stop = _step(loop, batches, step=step)
+            record, stop = _step(loop, batches, step=step, gap_warning=gap_warning)
             metrics.write(record)
             if (step + 1) % loop.train.log_interval_steps == 0 or step + 1 == loop.max_steps:
                 _log(loop, record)
@@ -80,6 +82,25 @@ def run_steps(loop: Loop) -> None:
                 bar.update(1, loss=f"{record['train/loss']:.4f}")
             _save(loop, step=step + 1, stop=stop)
     write_features(loop.engine, probe, loop.directory / "features_last.safetensors", processes=loop.processes)
+
+
+def _announce(loop: Loop) -> None:
+    """Say what this stage does unlike the paper, where that would otherwise show in the results alone."""
+    if loop.processes.rank > 0:
+        return
+    spec = loop.data.spec
+    if spec.stage == "distill" and spec.weights.sft == 0:
+        logger.warning(
+            "%s: sft_weight is 0: the student's own answers teach it nothing, and what the Recalibrator can copy from "
+            "the teacher's answer rows does not either. Keep it at 1 unless this is an ablation",
+            loop.label,
+        )
+    if spec.with_recalibrator and loop.config.micro_batch_size == 1:
+        logger.warning(
+            "%s: the question-shuffle gap is not measured: it swaps rows within a micro-batch, and micro_batch_size "
+            "is 1. Set it to 2 or more to see whether the Recalibrator listens to the student",
+            loop.label,
+        )
 
 
 def _progress(loop: Loop, *, start: int) -> AbstractContextManager[Progress | None]:
@@ -116,7 +137,9 @@ def _metrics_file(loop: Loop, *, start: int) -> MetricsFile:
     return MetricsFile(path, start_step=start)
 
 
-def _step(loop: Loop, batches: Iterator[list[Batch]], *, step: int) -> tuple[dict[str, float], bool]:
+def _step(
+    loop: Loop, batches: Iterator[list[Batch]], *, step: int, gap_warning: GapWarning
+) -> tuple[dict[str, float], bool]:
     """Take one step; return its metrics, and whether a signal asks to stop."""
     began = time.perf_counter()
     micro_batches = [to_device(batch, loop.processes.device) for batch in next(batches)]
@@ -125,9 +148,7 @@ def _step(loop: Loop, batches: Iterator[list[Batch]], *, step: int) -> tuple[dic
     rate = learning_rate(loop.config, step=step, max_steps=loop.max_steps)
     norm = loop.engine.step(learning_rate=rate)
     step_s = time.perf_counter() - began
-    losses = loss_metrics(
-        forwarded.totals, forwarded.counts, regularization_weight=loop.data.spec.regularization_weight
-    )
+    losses = loss_metrics(forwarded.totals, forwarded.counts, spec=loop.data.spec)
     record = {
         "global_step": step + 1,
         **losses,
@@ -140,9 +161,10 @@ def _step(loop: Loop, batches: Iterator[list[Batch]], *, step: int) -> tuple[dic
         "time/step_s": step_s,
     }
     if _measures_gap(loop, step=step):
-        record[GAP_METRIC] = _question_shuffle_gap(loop, micro_batches[-1])
-        if loop.processes.rank == 0 and 2 * (step + 1) >= loop.max_steps:
-            warn_of_small_gap(record[GAP_METRIC], step=step + 1)
+        gaps = _question_shuffle_gap(loop, micro_batches[-1])
+        record |= gaps
+        if loop.processes.rank == 0:
+            gap_warning.check(gaps, step=step + 1)
     return record, forwarded.stop
 
 
@@ -185,13 +207,14 @@ def _measures_gap(loop: Loop, *, step: int) -> bool:
     return due and loop.data.spec.with_recalibrator and loop.config.micro_batch_size > 1
 
 
-def _question_shuffle_gap(loop: Loop, batch: Batch) -> float:
-    """Return how many nats per token the neighbours' questions cost, over one micro-batch of every process."""
+def _question_shuffle_gap(loop: Loop, batch: Batch) -> dict[str, float]:
+    """Return what the neighbours' rows cost, over one micro-batch of every process."""
     loop.engine.model.eval()
     with torch.no_grad():
         sums = loop.engine.forward(batch=batch, task="question_shuffle")
-    own, other, tokens = loop.processes.sum([*sums.double().tolist(), batch_counts(batch).answer_tokens])
-    return (other - own) / max(tokens, 1)
+    summed = loop.processes.sum([*torch.stack(list(sums)).double().tolist(), *batch_counts(batch)])
+    totals = dict(zip(ShuffleSums._fields, summed, strict=False))
+    return gap_metrics(totals, Counts(*summed[len(totals) :]))
 
 
 def _log(loop: Loop, record: Mapping[str, float]) -> None:

@@ -3,17 +3,29 @@
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from distill.config import StageConfig
+from distill.stage_spec import StageSpec
 from distill.stages import Counts
 
 logger = logging.getLogger(__name__)
 
 GAP_METRIC = "train/question_shuffle_gap"
+BOUNDARY_GAP_METRIC = "train/boundary_shuffle_gap"
+REST_GAP_METRIC = "train/rest_shuffle_gap"
 GAP_WARNING_NATS = 0.05
 """A question-shuffle gap below this means that the Recalibrator hardly listens to the student."""
+ONLY_BOUNDARY_ROWS_TEACH = (
+    "Only the first token of each answer distils into the student; set train.recalibrator.student_answer_fraction "
+    "above 0 to make the others count."
+)
+NOTHING_TEACHES = (
+    "Its losses teach the student nothing: include the boundary row, train align longer, check that the student can "
+    "answer the questions at all, or set train.recalibrator.student_answer_fraction above 0."
+)
 
 
 def learning_rate(config: StageConfig, *, step: int, max_steps: int) -> float:
@@ -25,14 +37,14 @@ def learning_rate(config: StageConfig, *, step: int, max_steps: int) -> float:
     return config.learning_rate + progress * (config.final_learning_rate - config.learning_rate)
 
 
-def loss_metrics(totals: Mapping[str, float], counts: Counts, *, regularization_weight: float) -> dict[str, float]:
-    """Return the mean losses, in nats per supervised token of the global batch, from the sums of `Totals`."""
+def loss_metrics(totals: Mapping[str, float], counts: Counts, *, spec: StageSpec) -> dict[str, float]:
+    """Return the mean losses per supervised token of the global batch, from the sums of `Totals`."""
     metrics: dict[str, float] = {}
-    loss = 0.0
+    loss, weights = 0.0, spec.weights
     if counts.answer_tokens:
         metrics["train/ce_loss"] = totals["ce_loss"] / counts.answer_tokens
         metrics["train/kl_loss"] = totals["kl_loss"] / counts.answer_tokens
-        loss += metrics["train/ce_loss"] + metrics["train/kl_loss"]
+        loss += weights.ce * metrics["train/ce_loss"] + weights.kl * metrics["train/kl_loss"]
         rest = counts.answer_tokens - counts.boundary_tokens
         if counts.boundary_tokens:
             metrics["train/boundary_ce"] = totals["boundary_ce"] / counts.boundary_tokens
@@ -40,14 +52,29 @@ def loss_metrics(totals: Mapping[str, float], counts: Counts, *, regularization_
             metrics["train/rest_ce"] = (totals["ce_loss"] - totals["boundary_ce"]) / rest
     if counts.regularization_tokens:
         metrics["train/regularization_loss"] = totals["regularization_loss"] / counts.regularization_tokens
-        loss += regularization_weight * metrics["train/regularization_loss"]
-    if counts.student_tokens:
+        loss += weights.regularization * metrics["train/regularization_loss"]
+    if counts.student_tokens and spec.with_answers:
         metrics["train/sft_loss"] = totals["sft_loss"] / counts.student_tokens
-        metrics["train/topk_kl_loss"] = totals["topk_kl_loss"] / counts.student_tokens
-        loss += metrics["train/sft_loss"] + metrics["train/topk_kl_loss"]
-    if not totals["topk_kl_loss"]:
-        metrics.pop("train/topk_kl_loss", None)
+        loss += weights.sft * metrics["train/sft_loss"]
+    if counts.baseline_terms and spec.baseline is not None:
+        metrics[f"train/{spec.baseline}_loss"] = totals["baseline_loss"] / counts.baseline_terms
+        loss += weights.baseline * metrics[f"train/{spec.baseline}_loss"]
     return {"train/loss": loss, **metrics}
+
+
+def gap_metrics(sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
+    """Return how many nats per token it costs to take the student's rows from other samples.
+
+    Over all supervised tokens, and apart for those that boundary rows predict and the others; ``sums`` are those of
+    `ShuffleSums`.
+    """
+    gap, boundary_gap = sums["other"] - sums["own"], sums["other_boundary"] - sums["own_boundary"]
+    metrics = {GAP_METRIC: gap / max(counts.answer_tokens, 1)}
+    if counts.boundary_tokens:
+        metrics[BOUNDARY_GAP_METRIC] = boundary_gap / counts.boundary_tokens
+    if rest := counts.answer_tokens - counts.boundary_tokens:
+        metrics[REST_GAP_METRIC] = (gap - boundary_gap) / rest
+    return metrics
 
 
 class MetricsFile:
@@ -89,14 +116,29 @@ def console_line(stage: str, *, max_steps: int, record: Mapping[str, float]) -> 
     )
 
 
-def warn_of_small_gap(gap: float, *, step: int) -> None:
-    """Warn when wrong questions are as good as the right ones: then nothing is distilled."""
-    if gap < GAP_WARNING_NATS:
+@dataclass
+class GapWarning:
+    """Warns once per stage when the student's rows do not matter: then nothing is distilled."""
+
+    label: str
+    max_steps: int
+    warned: bool = False
+
+    def check(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Look at one measurement; the first half of a stage is left to learn to listen."""
+        if self.warned or 2 * step < self.max_steps or metrics[GAP_METRIC] >= GAP_WARNING_NATS:
+            return
+        self.warned = True
+        boundary_gap = metrics.get(BOUNDARY_GAP_METRIC, 0.0)
+        listens = boundary_gap >= GAP_WARNING_NATS
         logger.warning(
-            "step %d: the question-shuffle gap is %.4f nats: the Recalibrator answers as well from other samples' "
-            "questions, so its losses teach the student nothing; train align longer or check the student",
+            "%s step %d: the question-shuffle gap is %.4f nats per token (%.4f at boundary rows): with the rows of "
+            "another sample the Recalibrator answers as well, because it copies the teacher's answer rows. %s",
+            self.label,
             step,
-            gap,
+            metrics[GAP_METRIC],
+            boundary_gap,
+            ONLY_BOUNDARY_ROWS_TEACH if listens else NOTHING_TEACHES,
         )
 
 

@@ -1,11 +1,10 @@
-"""What each stage trains and minimises: one module per stage, whose forward does everything that needs weights.
+"""What each stage computes: one module per stage, whose forward does everything that needs weights.
 
 Under ZeRO-3 a weight exists only while the module that owns it runs inside the engine's forward, so the losses are
 computed here too. The teacher's body is never part of it; its head is a plain tensor, not a parameter.
 """
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -13,88 +12,32 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distill.baselines import head_topk_kl
+from distill.baselines import kd_loss, uld_loss_of_rows
 from distill.batch import Batch, RecalibratedPass
-from distill.config import DistillConfig, FinetuneConfig, Method, Stage, TrainConfig
-from distill.losses import TokenLosses, linear_ce, linear_ce_kl
-from distill.student import Part, last_hidden_state, logit_options, name_parts
+from distill.linear_head import LinearHead
+from distill.losses import TokenLosses, feature_mse, linear_ce, linear_ce_kl
+from distill.stage_spec import StageSpec, TrainedPart
+from distill.student import last_hidden_state, logit_options, name_parts
 from recalibrator import Recalibrator
 from teacher_cache.errors import ConfigError
-from teacher_cache.schema import TeacherHead, Tier
+from teacher_cache.schema import TeacherHead
 
-TrainedPart = Part | Literal["recalibrator"]
 Task = Literal["losses", "question_shuffle", "features"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageSpec:
-    """One stage of one method."""
-
-    stage: Stage
-    trained: frozenset[TrainedPart]
-    with_answers: bool
-    """The student reads its answers and learns from them."""
-    with_recalibrator: bool
-    with_topk: bool
-    regularization_weight: float
-    include_boundary_row: bool
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether cached targets are read."""
-        return self.with_recalibrator or self.with_topk
-
-    @property
-    def tiers(self) -> tuple[Tier, ...]:
-        """The cached targets that are read; none where no teacher is needed."""
-        if not self.needs_teacher:
-            return ()
-        with_questions: tuple[Tier, ...] = ("Q",) if self.regularization_weight > 0 else ()
-        with_logits: tuple[Tier, ...] = ("L",) if self.with_topk else ()
-        return ("A", *with_questions, *with_logits)
-
-
-def stage_spec(stage: Stage, *, method: Method, train: TrainConfig, has_images: bool) -> StageSpec:
-    """Return what a stage does.
-
-    Raises:
-        ConfigError: The method has no such stage.
-    """
-    if stage == "align" and method != "genrecal":
-        raise ConfigError(f"method {method} has no align stage: leave it out of `train.stages` for this student")
-    recalibrated = method == "genrecal" and stage != "finetune"
-    config = train.stage(stage)
-    trained: set[TrainedPart] = set()
-    if stage == "distill":
-        trained |= {"body"}
-    if stage == "finetune":
-        # a projector that never runs would still be decayed
-        trained |= {"body", "head", "embeddings"}
-        trained |= {"projector"} if has_images else set()
-    if recalibrated and (not isinstance(config, DistillConfig) or config.train_recalibrator):
-        trained |= {"recalibrator"}
-    return StageSpec(
-        stage=stage,
-        trained=frozenset(trained),
-        with_answers=stage != "align",
-        with_recalibrator=recalibrated,
-        with_topk=method == "kd" and stage == "distill",
-        regularization_weight=0.0
-        if isinstance(config, FinetuneConfig)
-        else config.regularization_weight * recalibrated,
-        include_boundary_row=train.recalibrator.include_boundary_row,
-    )
-
-
 class Totals(NamedTuple):
-    """Sums over supervised tokens; the losses in nats. A tuple, so that ZeRO-3's hooks see the tensors inside."""
+    """Sums over supervised tokens; the losses in nats, but feature_mse and uld in squared features and probability.
+
+    A tuple, so that ZeRO-3's hooks see the tensors inside.
+    """
 
     ce_loss: Tensor
     kl_loss: Tensor
     boundary_ce: Tensor
     regularization_loss: Tensor
     sft_loss: Tensor
-    topk_kl_loss: Tensor
+    baseline_loss: Tensor
+    """Of kd per student token, of uld per aligned span."""
 
 
 class Counts(NamedTuple):
@@ -104,6 +47,8 @@ class Counts(NamedTuple):
     boundary_tokens: float
     regularization_tokens: float
     student_tokens: float
+    baseline_terms: float
+    """Student tokens of kd, aligned spans of uld."""
 
 
 class StageLosses(NamedTuple):
@@ -111,6 +56,16 @@ class StageLosses(NamedTuple):
 
     loss: Tensor
     totals: Totals
+
+
+class ShuffleSums(NamedTuple):
+    """Sums of cross-entropy, in nats, with the student's rows of the sample itself and with another sample's."""
+
+    own: Tensor
+    own_boundary: Tensor
+    """Over the boundary rows alone."""
+    other: Tensor
+    other_boundary: Tensor
 
 
 class StageModel(nn.Module):
@@ -125,12 +80,12 @@ class StageModel(nn.Module):
         teacher_head: TeacherHead | None,
     ) -> None:
         super().__init__()
-        if spec.with_recalibrator and (recalibrator is None or teacher_head is None):
+        if (spec.with_recalibrator and recalibrator is None) or (spec.needs_teacher_head and teacher_head is None):
             raise ConfigError(f"stage {spec.stage} needs a Recalibrator and the teacher's head")
         self.spec = spec
         self.student = student
         self.recalibrator = recalibrator if spec.with_recalibrator else None
-        self.teacher_head = teacher_head if spec.with_recalibrator else None
+        self.teacher_head = teacher_head if spec.needs_teacher_head else None
         self.student_logits = logit_options(student)
         self._freeze()
 
@@ -163,22 +118,23 @@ class StageModel(nn.Module):
 
         Args:
             batch: The micro-batch.
-            task: ``losses`` gives StageLosses; ``question_shuffle`` two sums of cross-entropy, with the samples' own
-                questions and with their neighbours'; ``features`` mean-pooled features per sample.
+            task: ``losses`` gives StageLosses; ``question_shuffle`` ShuffleSums; ``features`` mean-pooled features per
+                sample.
             counts: Supervised tokens of the *global* batch (A11), for ``losses``.
         """
         hidden_states = self._student_rows(batch)
-        question_rows = hidden_states.index_select(0, batch.student.question_rows)
+        student_rows = hidden_states.index_select(0, _recalibrated_rows(batch))
         if task == "question_shuffle":
-            return self._question_shuffle(batch, question_rows)
+            return self._question_shuffle(batch, student_rows)
         if task == "features":
-            return self._features(batch, question_rows)
+            return self._features(batch, student_rows)
         assert counts is not None
-        totals = self._totals(batch, hidden_states, question_rows)
+        totals, weights = self._totals(batch, hidden_states, student_rows), self.spec.weights
         loss = (
-            (totals.ce_loss + totals.kl_loss) / max(counts.answer_tokens, 1)
-            + self.spec.regularization_weight * totals.regularization_loss / max(counts.regularization_tokens, 1)
-            + (totals.sft_loss + totals.topk_kl_loss) / max(counts.student_tokens, 1)
+            (weights.ce * totals.ce_loss + weights.kl * totals.kl_loss) / max(counts.answer_tokens, 1)
+            + weights.regularization * totals.regularization_loss / max(counts.regularization_tokens, 1)
+            + weights.sft * totals.sft_loss / max(counts.student_tokens, 1)
+            + weights.baseline * totals.baseline_loss / max(counts.baseline_terms, 1)
         )
         return StageLosses(loss, Totals(*(total.detach() for total in totals)))
 
@@ -193,43 +149,50 @@ class StageModel(nn.Module):
             )
         return hidden_states.flatten(0, 1)
 
-    def _totals(self, batch: Batch, hidden_states: Tensor, question_rows: Tensor) -> Totals:
+    def _totals(self, batch: Batch, hidden_states: Tensor, student_rows: Tensor) -> Totals:
         zero = hidden_states.new_zeros((), dtype=torch.float32)
-        ce = kl = boundary = regularization = sft = topk_kl = zero
+        ce = kl = boundary = regularization = sft = baseline = zero
         if batch.main is not None:
-            losses = self._recalibrated_losses(batch.main, question_rows)
+            losses = self._recalibrated_losses(batch.main, student_rows)
             weights = batch.main.weights
             ce, kl = (losses.ce_loss * weights).sum(), (losses.kl_loss * weights).sum()
             boundary = (losses.ce_loss * weights * batch.main.plan.boundary_mask).sum()
         if batch.regularization is not None and self.spec.regularization_weight > 0:
-            losses = self._recalibrated_losses(batch.regularization, None)
-            regularization = ((losses.ce_loss + losses.kl_loss) * batch.regularization.weights).sum()
+            regularization = (self._regularization(batch.regularization) * batch.regularization.weights).sum()
         if self.spec.with_answers:
-            sft, topk_kl = self._student_losses(batch, hidden_states)
-        return Totals(ce, kl, boundary, regularization, sft, topk_kl)
+            sft, baseline = self._student_losses(batch, hidden_states)
+        return Totals(ce, kl, boundary, regularization, sft, baseline)
 
     def _student_losses(self, batch: Batch, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        inputs = batch.student
+        inputs, targets = batch.student, batch.logit_targets
         rows = hidden_states.index_select(0, inputs.predicting_rows)
-        head = self.student.get_output_embeddings()
-        weight, bias = head.weight, getattr(head, "bias", None)
-        ce = linear_ce(rows, weight=weight, bias=bias, labels=inputs.labels, **self.student_logits)
+        module = self.student.get_output_embeddings()
+        head = LinearHead(weight=module.weight, bias=getattr(module, "bias", None), **self.student_logits)
+        ce = linear_ce(rows, weight=head.weight, bias=head.bias, labels=inputs.labels, **self.student_logits)
         sft = (ce * inputs.weights).sum()
-        if batch.topk is None:
+        if targets is None:
             return sft, torch.zeros_like(sft)
-        kl = head_topk_kl(rows, weight=weight, bias=bias, topk=batch.topk, **self.student_logits)
-        return sft, (kl * inputs.weights).sum()
+        teacher_head = None if self.teacher_head is None else _linear_head(self.teacher_head)
+        options = self.spec.baseline_options
+        if self.spec.baseline == "kd":
+            kd = kd_loss(rows, head=head, targets=targets, teacher_head=teacher_head, options=options)
+            return sft, (kd * inputs.weights).sum()
+        uld = uld_loss_of_rows(
+            rows, head=head, labels=inputs.labels, targets=targets, teacher_head=teacher_head, options=options
+        )
+        assert targets.span_weights is not None
+        return sft, (uld * targets.span_weights).sum()
 
-    def _recalibrated(self, passed: RecalibratedPass, question_rows: Tensor | None) -> Tensor:
+    def _recalibrated(self, passed: RecalibratedPass, student_rows: Tensor | None) -> Tensor:
         assert self.recalibrator is not None
         if passed.question_rows is None:
-            return self.recalibrator(question_rows, passed.answer_rows, plan=passed.plan, questions_from="student")
+            return self.recalibrator(student_rows, passed.answer_rows, plan=passed.plan, questions_from="student")
         return self.recalibrator(passed.question_rows, passed.answer_rows, plan=passed.plan, questions_from="teacher")
 
-    def _recalibrated_losses(self, passed: RecalibratedPass, question_rows: Tensor | None) -> TokenLosses:
+    def _recalibrated_losses(self, passed: RecalibratedPass, student_rows: Tensor | None) -> TokenLosses:
         head = self.teacher_head
         assert head is not None
-        rows = self._recalibrated(passed, question_rows)
+        rows = self._recalibrated(passed, student_rows)
         return linear_ce_kl(
             rows,
             teacher_rows=passed.teacher_rows.to(rows.dtype),
@@ -240,19 +203,32 @@ class StageModel(nn.Module):
             logit_softcap=head.logit_softcap,
         )
 
-    def _question_shuffle(self, batch: Batch, question_rows: Tensor) -> Float[Tensor, "2"]:
-        assert batch.main is not None
-        assert batch.shuffled is not None
-        other = dataclasses.replace(batch.main, plan=batch.shuffled.plan)
-        own_ce = self._recalibrated_losses(batch.main, question_rows).ce_loss
-        other_ce = self._recalibrated_losses(other, question_rows[batch.shuffled.question_index]).ce_loss
-        return torch.stack([(own_ce * batch.main.weights).sum(), (other_ce * batch.main.weights).sum()])
+    def _regularization(self, passed: RecalibratedPass) -> Float[Tensor, " answer_tokens"]:
+        form = self.spec.regularization_form
+        if form == "feature_mse":
+            return feature_mse(self._recalibrated(passed, None), passed.teacher_rows)
+        losses = self._recalibrated_losses(passed, None)
+        terms = {"ce": losses.ce_loss, "kl": losses.kl_loss}
+        return terms[form] if form in terms else losses.ce_loss + losses.kl_loss
 
-    def _features(self, batch: Batch, question_rows: Tensor) -> dict[str, Float[Tensor, "batch features"]]:
+    def _question_shuffle(self, batch: Batch, student_rows: Tensor) -> ShuffleSums:
+        main, shuffled = batch.main, batch.shuffled
+        assert main is not None
+        assert shuffled is not None
+        other = dataclasses.replace(main, plan=shuffled.plan)
+        boundary = main.plan.boundary_mask
+        sums = []
+        for passed, rows in ((main, student_rows), (other, student_rows[shuffled.student_index])):
+            ce = self._recalibrated_losses(passed, rows).ce_loss * main.weights
+            sums += [ce.sum(), (ce * boundary).sum()]
+        return ShuffleSums(*sums)
+
+    def _features(self, batch: Batch, student_rows: Tensor) -> dict[str, Float[Tensor, "batch features"]]:
         assert batch.main is not None
+        question_rows = student_rows[: len(batch.student.question_rows)]
         features = {
             "z_s": _mean_per_sample(question_rows, batch.sample_of_question_row),
-            "r_s": _mean_per_sample(self._recalibrated(batch.main, question_rows), batch.sample_of_answer_token),
+            "r_s": _mean_per_sample(self._recalibrated(batch.main, student_rows), batch.sample_of_answer_token),
         }
         passed = batch.regularization
         if passed is not None and len(passed.labels) == len(batch.main.labels):
@@ -272,12 +248,28 @@ class StageModel(nn.Module):
 
 def batch_counts(batch: Batch) -> Counts:
     """Return the supervised tokens of one micro-batch."""
-    main, regularization = batch.main, batch.regularization
+    main, regularization, targets = batch.main, batch.regularization, batch.logit_targets
+    student_tokens = float(batch.student.weights.sum())
+    spans = None if targets is None else targets.span_weights
     return Counts(
         answer_tokens=0.0 if main is None else float(main.weights.sum()),
         boundary_tokens=0.0 if main is None else float((main.weights * main.plan.boundary_mask).sum()),
         regularization_tokens=0.0 if regularization is None else float(regularization.weights.sum()),
-        student_tokens=float(batch.student.weights.sum()),
+        student_tokens=student_tokens,
+        baseline_terms=student_tokens if spans is None else float(spans.sum()),
+    )
+
+
+def _recalibrated_rows(batch: Batch) -> Tensor:
+    """Return which of the student's rows go to the Recalibrator: question rows, then stand-ins for answer rows."""
+    rows = batch.student.question_rows
+    stand_ins = None if batch.main is None else batch.main.stand_ins
+    return rows if stand_ins is None else torch.cat([rows, stand_ins])
+
+
+def _linear_head(head: TeacherHead) -> LinearHead:
+    return LinearHead(
+        weight=head.weight, bias=head.bias, logit_scale=head.logit_scale, logit_softcap=head.logit_softcap
     )
 
 

@@ -18,7 +18,8 @@ from distill.export import export_recalibrator, export_student
 from distill.loop import Loop, run_steps
 from distill.processes import Processes
 from distill.signals import Signals, noted_signals
-from distill.stages import StageModel, StageSpec, stage_spec
+from distill.stage_spec import StageSpec, stage_spec
+from distill.stages import StageModel
 from distill.student import load_student, resolve_model
 from distill.zero import launched_processes, make_engine
 from recalibrator import Recalibrator, RecalibratorConfig
@@ -197,6 +198,7 @@ def _set_up(job: Job, stage: Stage) -> StageRun:
         "student": student.model_dump(mode="json", include={"dtype", "max_length", "method"}),
         "settings": config.model_dump(mode="json"),
         "recalibrator": train.recalibrator.model_dump(mode="json"),
+        "baselines": train.baselines.model_dump(mode="json"),
         "seed": train.seed,
         "backend": train.backend,
         "world_size": job.processes.world_size,
@@ -231,11 +233,12 @@ def _build_model(job: Job, run: StageRun) -> StageModel:
     student = load_student(run.source, dtype=job.student.dtype, trust_remote_code=job.student.trust_remote_code)
     if job.train.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
+    teacher_head = job.cache.teacher_head() if run.spec.needs_teacher_head else None
     if not run.spec.with_recalibrator:
-        return StageModel(run.spec, student=student, recalibrator=None, teacher_head=None)
+        return StageModel(run.spec, student=student, recalibrator=None, teacher_head=teacher_head)
     trained = None if run.source == job.base else run.source.parent / "recalibrator.safetensors"
     recalibrator = _build_recalibrator(job, student, trained=trained)
-    return StageModel(run.spec, student=student, recalibrator=recalibrator, teacher_head=job.cache.teacher_head())
+    return StageModel(run.spec, student=student, recalibrator=recalibrator, teacher_head=teacher_head)
 
 
 def _build_recalibrator(job: Job, student: Any, *, trained: Path | None) -> Recalibrator:

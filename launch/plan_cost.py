@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from distill.config import Method, Stage, StudentConfig, TrainConfig
-from distill.stages import stage_spec
+from distill.stage_spec import stage_spec
 from distill.trainer import own_stages
 from launch.plan_config import PlanConfig
 from teacher_cache.schema import Tier

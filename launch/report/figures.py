@@ -55,7 +55,8 @@ TERMS = {
     "sft_loss": ("student's own CE", "sft"),
     "ce_loss": ("Recalibrator CE", "distilled"),
     "kl_loss": ("Recalibrator KL", "kd"),
-    "topk_kl_loss": ("top-k KL", "kd"),
+    "kd_loss": ("divergence of kd", "kd"),
+    "uld_loss": ("distance of uld", "kd"),
     "regularization_loss": ("regularization", "extra"),
 }
 

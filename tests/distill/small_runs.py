@@ -8,6 +8,7 @@ from distill.config import StudentConfig, TrainConfig
 from distill.trainer import train_student
 from teacher_cache.config import CacheConfig
 
+GAPS = {f"train/{rows}_shuffle_gap" for rows in ("question", "boundary", "rest")}
 STAGE = {"global_batch_size": 6, "micro_batch_size": 3, "max_steps": 3, "learning_rate": 1e-3}
 
 

@@ -9,12 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distill.config import DistillConfig, RecalibratorOptions, StudentConfig, TrainConfig
+from distill.batch import JoinedSample
+from distill.config import (
+    AlignConfig,
+    BaselineOptions,
+    DistillConfig,
+    RecalibratorOptions,
+    StudentConfig,
+    TrainConfig,
+)
 from distill.data import JoinedData, StudentEncoder, join_cache
-from distill.losses import forward_kl, topk_forward_kl
-from distill.stages import StageModel, batch_counts, stage_spec
+from distill.losses import forward_kl, jensen_shannon, reverse_kl
+from distill.metrics import loss_metrics
+from distill.stage_spec import stage_spec
+from distill.stages import StageModel, batch_counts
 from distill.student import load_student, name_parts
+from distill.uld import aligned_uld_loss, span_scale, topk_distance
 from recalibrator import Recalibrator, RecalibratorConfig
+from recalibrator.joint_sequence import split_tier_a
 from teacher_cache import open_cache
 from teacher_cache.chat import load_processor
 from teacher_cache.config import CacheConfig
@@ -55,7 +67,7 @@ def dense_reference(model: StageModel, data: JoinedData) -> dict[str, Tensor]:
     sums = dict.fromkeys(("ce", "kl", "regularization", "sft"), torch.zeros(()))
     for sample in data.load(range(len(data.sample_ids))):
         regularized = data.spec.regularization_weight > 0 and sample.targets.question_hidden_states is not None
-        spec = dataclasses.replace(data.spec, regularization_weight=float(regularized))
+        spec = data.spec.with_regularization(float(regularized))
         batch = dataclasses.replace(data, spec=spec).collate([sample])
         ids = torch.from_numpy(sample.encoded.token_ids).long()[None]
         outputs = model.student(input_ids=ids, output_hidden_states=True, **sample.encoded.model_inputs)
@@ -115,20 +127,189 @@ def test_batch_losses_equal_the_dense_reference(
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_kd_adds_the_divergence_from_the_cached_topk(cache: CacheConfig, tiny_qwen2_vl: Path) -> None:
-    model, data = set_up(cache, tiny_qwen2_vl, stage="distill", method="kd")
+def perturbed(model: StageModel) -> StageModel:
+    """Move the student away from the teacher, whose own weights it may have."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.student.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def student_logits(model: StageModel, sample: JoinedSample) -> Tensor:
+    """Return the logits that predict the answer tokens, from Hugging Face's own forward."""
+    ids = torch.from_numpy(sample.encoded.token_ids).long()[None]
+    logits = model.student(input_ids=ids, **sample.encoded.model_inputs).logits[0]
+    return torch.cat([logits[start - 1 : stop - 1] for start, stop in sample.encoded.spans])
+
+
+def teacher_logits(model: StageModel, sample: JoinedSample) -> Tensor:
+    targets = sample.targets
+    index = split_tier_a([stop - start for start, stop in targets.spans]).predicting
+    return targets.hidden_states[index] @ model.teacher_head.weight.T
+
+
+def compare_gradients(model: StageModel, loss: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(loss, trained)
+    theirs = torch.autograd.grad(expected, trained)
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=2e-6)
+
+
+DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jensen_shannon": jensen_shannon}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("source", "temperature"), [("topk", 1.0), ("rows", 1.0), ("rows", 2.0)])
+def test_kd_adds_the_divergence_from_the_teacher(
+    cache: CacheConfig, tiny_qwen2_vl: Path, divergence: str, source: str, temperature: float
+) -> None:
+    options = BaselineOptions(divergence=divergence, source=source, temperature=temperature, weight=0.5)
+    model, data = set_up(cache, tiny_qwen2_vl, stage="distill", method="kd", train=TrainConfig(baselines=options))
     batch = data.collate(data.load(range(5)))
-    totals = model(batch=batch, counts=batch_counts(batch)).totals
+    counts = batch_counts(batch)
+    losses = perturbed(model)(batch=batch, counts=counts)
+    assert (model.teacher_head is None) == (source == "topk")
     expected = torch.zeros(())
     for sample in data.load(range(5)):
-        ids = torch.from_numpy(sample.encoded.token_ids).long()[None]
-        logits = model.student(input_ids=ids, **sample.encoded.model_inputs).logits[0]
-        rows = torch.cat([logits[start - 1 : stop - 1] for start, stop in sample.encoded.spans])
-        expected += topk_forward_kl(rows, sample.targets.topk_ids, sample.targets.topk_logprobs).sum().detach()
-    torch.testing.assert_close(totals.topk_kl_loss, expected)
-    # the student is the teacher here, so only the tail bucket's rounding is left
-    assert abs(float(totals.topk_kl_loss)) < 1e-3
-    assert float(totals.ce_loss) == 0.0
+        logits = student_logits(model, sample)
+        if source == "topk":
+            both = bucketed(logits, sample.targets.topk_ids, sample.targets.topk_logprobs)
+        else:
+            both = logits / temperature, teacher_logits(model, sample) / temperature
+        expected = expected + DIVERGENCES[divergence](*both).sum()
+    torch.testing.assert_close(losses.totals.baseline_loss, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert losses.totals.baseline_loss > 0.01
+    assert float(losses.totals.ce_loss) == 0.0
+    sft = sum(
+        functional.cross_entropy(student_logits(model, sample), answer_ids(sample), reduction="sum")
+        for sample in data.load(range(5))
+    )
+    compare_gradients(model, losses.loss, (sft + 0.5 * expected) / counts.student_tokens)
+
+
+def answer_ids(sample: JoinedSample) -> Tensor:
+    ids = torch.from_numpy(sample.encoded.token_ids).long()
+    return torch.cat([ids[start:stop] for start, stop in sample.encoded.spans])
+
+
+def bucketed(logits: Tensor, topk_ids: Tensor, topk_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of the top-k and of everything else, student and teacher."""
+    own = logits.log_softmax(-1).gather(-1, topk_ids.long())
+    with_rest = [torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in (own, topk_logprobs)]
+    return with_rest[0], with_rest[1]
+
+
+@pytest.mark.parametrize(("source", "temperature"), [("topk", 1.0), ("rows", 1.0), ("rows", 2.0)])
+def test_uld_adds_the_distance_over_aligned_spans(
+    cache: CacheConfig, tiny_llava: Path, source: str, temperature: float
+) -> None:
+    options = BaselineOptions(source=source, temperature=temperature)
+    model, data = set_up(cache, tiny_llava, stage="distill", method="uld", train=TrainConfig(baselines=options))
+    samples = data.load(range(5))
+    filler = dataclasses.replace(samples[0], weight=0.0)
+    batch = data.collate([*samples, filler])
+    counts = batch_counts(batch)
+    losses = model(batch=batch, counts=counts)
+    expected, sft, spans = torch.zeros(()), torch.zeros(()), 0
+    for sample in samples:
+        logits, alone = student_logits(model, sample), data.collate([sample]).logit_targets
+        sft = sft + functional.cross_entropy(logits, answer_ids(sample), reduction="sum")
+        spans += len(alone.spans.student.base)
+        if source == "rows":
+            distances = aligned_uld_loss(
+                logits,
+                teacher_logits(model, sample),
+                student_ids=answer_ids(sample),
+                teacher_ids=alone.labels,
+                spans=alone.spans,
+                temperature=temperature,
+            )
+        else:
+            student, teacher = alone.spans.student, alone.spans.teacher
+            logprobs = logits.log_softmax(-1).gather(-1, answer_ids(sample)[:, None])[:, 0]
+            scale = span_scale(logprobs[student.others], student)
+            teacher_scale = span_scale(sample.targets.target_logprobs[teacher.others], teacher)
+            distances = topk_distance(
+                logits.softmax(-1)[student.base] * scale[:, None],
+                student_mass=scale,
+                topk=sample.targets.topk_logprobs.exp()[teacher.base] * teacher_scale[:, None],
+                teacher_mass=teacher_scale,
+            )
+        expected = expected + distances.sum()
+    assert any(len(data.collate([sample]).logit_targets.spans.teacher.others) for sample in samples)
+    assert counts.baseline_terms == spans
+    torch.testing.assert_close(losses.totals.baseline_loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    compare_gradients(model, losses.loss, sft / counts.student_tokens + expected / spans)
+
+
+def test_uld_at_a_temperature_needs_the_rows() -> None:
+    train = TrainConfig(baselines=BaselineOptions(temperature=2.0))
+    with pytest.raises(ConfigError, match=r"temperature 2.0.*source to rows"):
+        stage_spec("distill", method="uld", train=train, has_images=True)
+    assert stage_spec("distill", method="kd", train=train, has_images=True).baseline == "kd"
+
+
+@pytest.mark.parametrize("form", ["none", "feature_mse", "kl", "ce", "ce_kl"])
+def test_regularization_forms(cache: CacheConfig, tiny_llava: Path, form: str) -> None:
+    train = TrainConfig(align=AlignConfig(regularization_form=form))
+    model, data = set_up(cache, tiny_llava, stage="align", train=train)
+    batch = data.collate(data.load(range(5)))
+    with torch.no_grad():
+        totals = model(batch=batch, counts=batch_counts(batch)).totals
+    if form == "none":
+        assert data.spec.tiers == ("A",)
+        assert batch.regularization is None
+        assert float(totals.regularization_loss) == 0.0
+        return
+    passed, head = batch.regularization, model.teacher_head
+    with torch.no_grad():
+        rows = model.recalibrator(passed.question_rows, passed.answer_rows, passed.plan, questions_from="teacher")
+    logits = rows @ head.weight.T
+    terms = {
+        "feature_mse": (rows - passed.teacher_rows).square().mean(-1).sum(),
+        "kl": forward_kl(logits, passed.teacher_rows @ head.weight.T).sum(),
+        "ce": functional.cross_entropy(logits, passed.labels, reduction="sum"),
+    }
+    expected = terms["kl"] + terms["ce"] if form == "ce_kl" else terms[form]
+    torch.testing.assert_close(totals.regularization_loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_term_has_a_weight_and_the_log_adds_them_up(cache: CacheConfig, tiny_llava: Path) -> None:
+    config = DistillConfig(ce_weight=0.0, kl_weight=0.5, sft_weight=3.0, regularization_weight=0.25)
+    model, data = set_up(cache, tiny_llava, stage="distill", train=TrainConfig(distill=config))
+    batch = data.collate(data.load(range(5)))
+    counts = batch_counts(batch)
+    losses = model(batch=batch, counts=counts)
+    totals = losses.totals
+    expected = 0.5 * totals.kl_loss / counts.answer_tokens + 3 * totals.sft_loss / counts.student_tokens
+    expected = expected + 0.25 * totals.regularization_loss / counts.regularization_tokens
+    torch.testing.assert_close(losses.loss.detach(), expected)
+    sums = {name: float(total) for name, total in totals._asdict().items()}
+    assert loss_metrics(sums, counts, spec=data.spec)["train/loss"] == pytest.approx(float(expected), rel=1e-6)
+
+
+TIERS = {
+    ("genrecal", "align"): (TrainConfig(), ("A", "Q")),
+    ("genrecal", "distill"): (TrainConfig(), ("A",)),
+    ("sft", "distill"): (TrainConfig(), ()),
+    ("kd", "distill"): (TrainConfig(), ("A", "L")),
+    ("kd", "finetune"): (TrainConfig(), ()),
+    ("uld", "distill"): (TrainConfig(), ("A", "L")),
+}
+
+
+def test_only_the_tiers_that_are_needed_are_read() -> None:
+    for (method, stage), (train, tiers) in TIERS.items():
+        assert stage_spec(stage, method=method, train=train, has_images=True).tiers == tiers
+    exact = TrainConfig(baselines=BaselineOptions(source="rows"))
+    assert stage_spec("distill", method="kd", train=exact, has_images=True).tiers == ("A",)
+    assert stage_spec("distill", method="uld", train=exact, has_images=True).tiers == ("A", "L")
+    closed = TrainConfig(recalibrator=RecalibratorOptions(student_answer_fraction=1.0))
+    assert stage_spec("align", method="genrecal", train=closed, has_images=True).tiers == ("A", "Q", "L")
+    assert stage_spec("distill", method="sft", train=closed, has_images=True).tiers == ()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "tiny_qwen2"])
@@ -174,6 +355,8 @@ TRAINED: Mapping[tuple[str, str], set[str]] = {
     ("sft", "distill"): {"body"},
     ("sft", "finetune"): {"body", "head", "embeddings", "projector"},
     ("kd", "distill"): {"body"},
+    ("uld", "distill"): {"body"},
+    ("uld", "finetune"): {"body", "head", "embeddings", "projector"},
 }
 
 
@@ -204,10 +387,12 @@ def test_shuffled_questions_change_the_cross_entropy(cache: CacheConfig, tiny_ll
     model, data = set_up(cache, tiny_llava, stage="align")
     batch = data.collate(data.load(range(5)))
     with torch.no_grad():
-        own, other = model(batch=batch, task="question_shuffle").tolist()
+        sums = model(batch=batch, task="question_shuffle")
         totals = model(batch=batch, counts=batch_counts(batch)).totals
-    assert own == pytest.approx(float(totals.ce_loss), rel=1e-5)
-    assert other != own
+    torch.testing.assert_close(sums.own, totals.ce_loss)
+    torch.testing.assert_close(sums.own_boundary, totals.boundary_ce)
+    assert sums.other != sums.own
+    assert sums.other_boundary != sums.own_boundary
 
 
 def test_features_have_one_row_per_sample(cache: CacheConfig, tiny_llava: Path) -> None:

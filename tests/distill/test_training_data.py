@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from distill.batch import Batch, collate
 from distill.config import StudentConfig, TrainConfig
 from distill.data import JoinedData, SampleOrder, StudentEncoder, check_turns, join_cache, rank_share
-from distill.stages import stage_spec
+from distill.stage_spec import stage_spec
 from teacher_cache import open_cache
 from teacher_cache.chat import load_processor
 from teacher_cache.config import CacheConfig
@@ -203,8 +203,9 @@ def test_kd_refuses_another_tokenizer(cache: CacheConfig, tiny_llava: Path, tiny
     with pytest.raises(CacheMismatch, match="tokenizer"):
         join(cache, tiny_llava, stage="distill", method="kd").load([0])
     batch = join(cache, tiny_qwen2_vl, stage="distill", method="kd").batch([0, 1])
-    assert batch.topk is not None
-    assert batch.topk.ids.shape == (len(batch.student.labels), 8)
+    assert batch.logit_targets is not None
+    assert batch.logit_targets.topk_ids is not None
+    assert batch.logit_targets.topk_ids.shape == (len(batch.student.labels), 8)
 
 
 def test_boundary_row_can_be_left_out(cache: CacheConfig, tiny_llava: Path) -> None:
@@ -212,7 +213,7 @@ def test_boundary_row_can_be_left_out(cache: CacheConfig, tiny_llava: Path) -> N
     samples = data.load([0, 2])
 
     def build(include: bool) -> Batch:
-        options = {"with_answers": False, "with_recalibrator": True, "with_regularization": False, "with_topk": False}
+        options = {"with_answers": False, "with_recalibrator": True, "with_regularization": False}
         return collate(samples, include_boundary_row=include, **options)
 
     included, excluded = build(True).main, build(False).main

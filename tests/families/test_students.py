@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from distill.batch import JoinedSample, collate
 from distill.config import TrainConfig
-from distill.stages import StageModel, stage_spec
+from distill.stage_spec import stage_spec
+from distill.stages import StageModel
 from distill.student import last_hidden_state, load_student, name_parts
 from distill.trainer import train_student
 from recalibrator import Recalibrator, RecalibratorConfig
@@ -91,7 +92,6 @@ def test_a_sample_in_a_padded_batch_equals_the_sample_alone(name: str, directori
         with_answers=True,
         with_recalibrator=False,
         with_regularization=False,
-        with_topk=False,
         include_boundary_row=True,
     ).student
     with torch.inference_mode():
