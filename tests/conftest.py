@@ -22,6 +22,16 @@ import pytest
 from launch.demo.digits import generate_digit_vqa
 from launch.demo.models import ModelSpec, create_model_directory
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file, and all that need the demo, in one of the processes that share the suite."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("demo" if "demo" in fixtures else item.path.name))
+    items.sort(key=lambda item: "demo" not in getattr(item, "fixturenames", ()))  # it takes the longest
+
+
 CORPUS = (
     "Which digit is in the top left corner? Answer with one word.",
     "How many digits are greater than four? Answer in a sentence.",

@@ -12,7 +12,7 @@ import pytest
 from launch.cli import main
 from teacher_cache import open_cache
 from teacher_cache.config import LEVELS
-from teacher_cache.local_store import LocalReader
+from teacher_cache.local_files import LocalReader
 from teacher_cache.verify import snapshot_digest
 from tests.teacher_cache.store import IDENTITY, build, commit, flip_bit, make_samples, open_builder
 

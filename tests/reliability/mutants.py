@@ -10,7 +10,8 @@ import pytest
 from teacher_cache import gc, local_store, manifest
 from teacher_cache.claims import Claims
 from teacher_cache.ledger import COMMITS, SHARDS, CommitRecord
-from teacher_cache.local_store import LocalStore, LocalWriter
+from teacher_cache.local_files import LocalWriter
+from teacher_cache.local_store import LocalStore
 from teacher_cache.plan import PLANS
 from teacher_cache.shard_reader import RowRange, ShardReader
 from teacher_cache.snapshot import SNAPSHOTS

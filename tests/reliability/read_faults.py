@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from teacher_cache import local_store
+from teacher_cache import local_files, local_store
 from tests.reliability.faults import failure
 from tests.reliability.shim import READS, OsShim, Step
 
@@ -61,6 +61,8 @@ class _ReadShim(OsShim):
 @contextmanager
 def troubled_reads(fault: ReadFault) -> Iterator[Any]:
     """Let a fault act on the reads of local stores."""
+    shim = _ReadShim(fault)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local_store, "os", _ReadShim(fault))
+        for module in (local_files, local_store):
+            patch.setattr(module, "os", shim)
         yield

@@ -1,4 +1,4 @@
-"""The operating system as ``teacher_cache.local_store`` sees it: each step is counted, and can be made to go wrong."""
+"""The operating system as local stores see it: each step is counted, and can be made to go wrong."""
 
 import os
 import signal
@@ -6,14 +6,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from teacher_cache import local_store
+from teacher_cache import local_files, local_store
 
 Kind = Literal[
     "create",
@@ -173,17 +173,13 @@ class ShutilShim:
     def __init__(self, shim: OsShim) -> None:
         self._shim = shim
 
-    def rmtree(self, top: Path, *, ignore_errors: bool) -> None:
-        assert ignore_errors
+    def rmtree(self, top: Path) -> None:
         for parent, folders, files in os.walk(top, topdown=False):
             for name in files:
-                with suppress(OSError):
-                    self._shim.unlink(Path(parent, name))
+                self._shim.unlink(Path(parent, name))
             for name in folders:
-                with suppress(OSError):
-                    self._shim.rmdir(Path(parent, name))
-        with suppress(OSError):
-            self._shim.rmdir(top)
+                self._shim.rmdir(Path(parent, name))
+        self._shim.rmdir(top)
 
 
 class InlineExecutor:
@@ -228,7 +224,8 @@ def intercept(react: React, *, kinds: Sequence[Kind] = CHANGES, durable: bool = 
     """
     shim = OsShim(react, kinds=kinds, durable=durable)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local_store, "os", shim)
+        for module in (local_files, local_store):
+            patch.setattr(module, "os", shim)
         patch.setattr(local_store, "shutil", ShutilShim(shim))
         yield shim
 

@@ -462,7 +462,7 @@ class CacheMachine(RuleBasedStateMachine):
     def files(self) -> Iterator[str]:
         for path in sorted(self.root.rglob("*")):
             name = path.relative_to(self.root).as_posix()
-            if path.is_file() and not name.startswith(("staging/", "claims/")):
+            if path.is_file() and path.stat().st_size and not name.startswith(("staging/", "claims/")):
                 yield name
 
     def vital_files(self) -> set[str]:

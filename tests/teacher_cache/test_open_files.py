@@ -13,7 +13,8 @@ import pytest
 
 from teacher_cache import open_cache, shard_writer
 from teacher_cache.errors import CacheError
-from teacher_cache.local_store import LocalStore, LocalWriter
+from teacher_cache.local_files import LocalWriter
+from teacher_cache.local_store import LocalStore
 from teacher_cache.object_service import ObjectService
 from teacher_cache.schema import SkippedSample
 from teacher_cache.storage import FileReader
