@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+SECTION = "recalibrator"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -28,7 +30,7 @@ FULL = Settings(
     teacher_hidden=8192,
     joint_tokens=2048,
     answer_tokens=200,
-    pairs=9,
+    pairs=5,
     batches={
         "4 equal samples": (512, 512, 512, 512),
         "4 samples, images of one size": (420, 520, 460, 648),

@@ -11,9 +11,9 @@ from transformers import Qwen2Config, Qwen2Model
 
 from recalibrator import Recalibrator, RecalibratorConfig
 from recalibrator.joint_sequence import Turn, plan_joint_sequence
-from recalibrator_bench.settings import Settings
+from recalibrator_bench import exactness
+from recalibrator_bench.settings import SECTION, Settings
 
-SECTION = "recalibrator"
 BAR = 0.90
 
 Step = Callable[[], Tensor]
@@ -22,7 +22,7 @@ Times = tuple[list[float], list[float]]
 
 
 def measure(settings: Settings) -> Iterator[Figure]:
-    """Yield the figures, each from pairs of steps in alternating order, on one core and in its time."""
+    """Yield the figures; of speed, from pairs of steps in alternating order, on one core and in its time."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = Qwen2Config(**settings.student, num_hidden_layers=2, vocab_size=8, bos_token_id=1, eos_token_id=2)
@@ -30,6 +30,7 @@ def measure(settings: Settings) -> Iterator[Figure]:
     student = StudentBlocks(config, module)
     yield from _against_student(module, student, settings)
     yield from _against_padding(module, student, settings)
+    yield from exactness.measure(module, settings)
 
 
 class StudentBlocks(nn.Module):
@@ -76,15 +77,17 @@ def _against_student(module: Recalibrator, student: StudentBlocks, settings: Set
     ):
         times = _pairs(plain, own, pairs=settings.pairs)
         yield _figure(f"two blocks, {name}, against the student's", times, tokens, bar, note=note)
+    both = f"both projections, width {settings.teacher_hidden}, and the norm included"
+    times = _pairs(plain, step(answers), pairs=settings.pairs)
+    yield _figure("whole step, ordinary sample, against the student's blocks", times, tokens, BAR, note=both)
+    times = _pairs(plain, step(tokens - 1), pairs=settings.pairs)
+    yield _figure("whole step, nothing but an answer, against the student's blocks", times, tokens, note=both)
     per_row = sum(parameter.numel() for parameter in module.blocks.parameters())
     per_row += len(module.blocks) * tokens * width  # queries with keys, weights with values: half of all pairs each
-    for name, count in (("ordinary sample", answers), ("nothing but an answer", tokens - 1)):
-        # three products per weight and row, forward and backward; the teacher's rows need no gradient
-        work = 1 + (2 + 3) / 3 * settings.teacher_hidden * width * count / (per_row * tokens)
-        times = _pairs(plain, step(count), pairs=settings.pairs)
-        note = f"projections to and from width {settings.teacher_hidden}, and the norm: {work:.2f} times the products"
-        yield _figure(f"whole step, {name}, against the student's blocks", times, tokens, note=note)
-        yield _figure(f"whole step, {name}, products per second", times, tokens, BAR, work=work, note="same pairs")
+    # three products per weight and row, forward and backward; the teacher's rows need no gradient
+    work = 1 + (2 + 3) / 3 * settings.teacher_hidden * width * (tokens - 1) / (per_row * tokens)
+    note = f"same pairs: {work:.2f} times the products of the blocks"
+    yield _figure("whole step, nothing but an answer, products per second", times, tokens, BAR, work=work, note=note)
 
 
 def _against_padding(module: Recalibrator, student: StudentBlocks, settings: Settings) -> Iterator[Figure]:

@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes: a whole training, one that is stopped and resumed, one in bfloat16."""
+"""Run by torchrun in two processes: a whole training, one stopped and resumed, one in bfloat16 that recomputes."""
 
 import json
 import os
@@ -46,7 +46,8 @@ def main(folder: Path) -> None:
     train_student(**common, student=student, train=train, output_dir=halted)
 
     bfloat16 = student.model_copy(update={"dtype": "bfloat16"})
-    train_student(**common, student=bfloat16, train=train, output_dir=folder / "bfloat16", stages=["align"])
+    recomputing = train.model_copy(update={"gradient_checkpointing": True})
+    train_student(**common, student=bfloat16, train=recomputing, output_dir=folder / "bfloat16", stages=["align"])
 
 
 if __name__ == "__main__":
