@@ -1,11 +1,12 @@
 import pytest
 import torch
+from transformers import Qwen3MoeConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from recalibrator import attention
 from recalibrator.attention import per_sample_sdpa
 from recalibrator.joint_sequence import Turn
-from tests.recalibrator.small_recalibrators import TURNS, make_recalibrator, random_rows, run
+from tests.recalibrator.small_recalibrators import SMALL, TURNS, make_recalibrator, random_rows, run
 
 BATCHES = {
     "turns": TURNS,
@@ -45,6 +46,19 @@ def test_a_packed_batch_equals_one_sample_at_a_time(student_config, turns, gradi
         scale = alone[name.replace("bias", "weight")] if name.endswith("k_proj.bias") else expected
         error = (packed[name] - expected).norm() / scale.norm()
         assert error < 1e-6, f"{name}: relative error {error:.1e}"
+
+
+def test_experts_get_all_rows_and_see_each_row_alone():
+    config = Qwen3MoeConfig(**SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    module = make_recalibrator(config).float()
+    seen = []
+    module.blocks[-1].mlp.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[1]))
+    rows = [rows.float() for rows in random_rows(TURNS)]
+    packed = outputs_and_gradients(module, *rows, [TURNS])
+    assert seen == [21]
+    alone = outputs_and_gradients(module, *rows, [[sample] for sample in TURNS])
+    for name, expected in alone.items():
+        assert (packed[name] - expected).norm() <= 1e-6 * expected.norm(), name
 
 
 def test_no_gradient_reaches_another_sample(student_config):
