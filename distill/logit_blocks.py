@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.linear_head import LinearHead, accumulation_dtype, matmul_into, slices
 from distill.teacher_terms import OnlineSoftmax, Projection, Targets, TeacherTerm, TermWeights, TopkTerm
 
-BLOCK_ROWS = {"cpu": 96, "cuda": 1024}
+BLOCK_ROWS = {"cpu": 64, "cuda": 1024}
 """Tokens per block: enough that the products run at full speed, few enough that their logits are small."""
 
 
@@ -114,7 +114,7 @@ def _project_both(
 
 def _project(rows: Tensor, head: LinearHead, chunk: int, temperature: float, room: Tensor) -> Projection:
     """Write the logits of some rows, and return them with their normalizers."""
-    plain, tempered = OnlineSoftmax(), OnlineSoftmax()
+    plain, tempered = OnlineSoftmax(room, chunk), OnlineSoftmax(room, chunk)
     for vocab in slices(head.vocab_size, chunk):
         logits = room[vocab]
         head.fill(logits, rows, vocab)

@@ -69,21 +69,26 @@ class Normalizer(NamedTuple):
 
 
 class OnlineSoftmax:
-    """Collects a normalizer from slices of the vocabulary; however many they are, the sum is rounded once."""
+    """Collects a normalizer from slices of the vocabulary; however many they are, the sum is rounded once.
 
-    def __init__(self) -> None:
-        self._peaks: list[Tensor] = []
-        self._masses: list[Tensor] = []
+    Its memory is there from the start: small tensors that stay, made between large ones that go, scatter the heap.
+    """
+
+    def __init__(self, logits: Float[Tensor, "vocab tokens"], chunk: int) -> None:
+        self._sums = logits.new_empty(2, -(-logits.shape[0] // chunk), logits.shape[1])
+        self._count = 0
 
     def add(self, logits: Float[Tensor, "entries tokens"]) -> None:
-        """Take in a slice."""
-        peak = logits.amax(0).clamp_(min=torch.finfo(logits.dtype).min)
-        self._peaks.append(peak)
-        self._masses.append((logits - peak).exp_().sum(0))
+        """Take in the next slice."""
+        peak, mass = self._sums[:, self._count]
+        torch.amax(logits, 0, out=peak)
+        peak.clamp_(min=torch.finfo(peak.dtype).min)
+        torch.sum((logits - peak).exp_(), 0, out=mass)
+        self._count += 1
 
     def normalizer(self) -> Normalizer:
         """Return the normalizer of all slices."""
-        peaks, masses = torch.stack(self._peaks), torch.stack(self._masses)
+        peaks, masses = self._sums
         peak = peaks.amax(0)
         mass = (masses.double() * (peaks - peak).double().exp()).sum(0)
         return Normalizer(peak, mass.to(peak.dtype).clamp_(min=torch.finfo(peak.dtype).tiny).log_())
@@ -134,8 +139,12 @@ class TeacherTerm:
 
     def _add(self, value: Tensor, mean: Tensor | float) -> None:
         # in float64, so that many small chunks round no more than few large ones
-        self._value = value.double() if self._value is None else self._value + value
-        self._mean = self._mean + (mean.double() if isinstance(mean, Tensor) else mean)
+        if self._value is None:
+            self._value = value.to(torch.float64, copy=True)
+            self._mean = mean.to(torch.float64, copy=True) if isinstance(mean, Tensor) else mean
+        else:
+            self._value += value
+            self._mean += mean
 
     def _log_probabilities(self, vocab: slice) -> tuple[Tensor, Tensor]:
         temperature = self._divergence.temperature
@@ -164,7 +173,7 @@ class TopkTerm:
         self._ids = targets.topk_ids.T.long().clamp(0, logits.shape[0] - 1)
         self._topk = logits.gather(0, self._ids)
         logits.scatter_(0, self._ids, -torch.inf)
-        rest = OnlineSoftmax()
+        rest = OnlineSoftmax(logits, chunk)
         for vocab in slices(logits.shape[0], chunk):
             rest.add(logits[vocab])
         self._rest = rest.normalizer()

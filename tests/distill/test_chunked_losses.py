@@ -301,9 +301,9 @@ def test_default_blocks_hold_few_rows():
     inputs = make_inputs("rows", tokens=512, vocab=700, hidden=4, dtype=torch.float32)
     with LiveElements() as live:
         linear_ce_kl(**inputs)
-    assert live.largest <= 2 * 96 * 700
+    assert live.largest <= 2 * 64 * 700
     blocks = list(ChunkSizes().blocks(inputs["rows"]))
-    assert [block.stop - block.start for block in blocks] == [88] * 5 + [72]
+    assert [block.stop - block.start for block in blocks] == [64] * 8
 
 
 def test_forms_of_the_regularization():
