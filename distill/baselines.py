@@ -144,5 +144,7 @@ def _at_temperature(head: LinearHead, temperature: float) -> LinearHead:
 
 
 def _first_entries(head: LinearHead, number: int) -> LinearHead:
+    if number == head.vocab_size:
+        return head
     bias = None if head.bias is None else head.bias[:number]
     return dataclasses.replace(head, weight=head.weight[:number], bias=bias)

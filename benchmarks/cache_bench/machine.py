@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 LIBRARIES = ("genrecal", "torch", "numpy", "zarr", "numcodecs", "crc32c", "blake3", "obstore", "pyarrow", "safetensors")
-PEER_LIBRARIES = ("h5py", "tensorstore", "pylance", "mosaicml-streaming")
+PEER_LIBRARIES = ("h5py", "tensorstore", "pylance", "mosaicml-streaming", "trl")
 
 
 def describe(folder: Path) -> dict[str, str]:
