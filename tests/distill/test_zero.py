@@ -17,6 +17,7 @@ from distill.zero import deepspeed_config, launched_processes
 from teacher_cache.errors import CheckpointError, ConfigError
 from tests.distill.small_cache import build_small_cache, write_data
 from tests.distill.small_runs import GAPS
+from tests.distill.zero_scenarios import OTHER_METHODS
 
 STAGES = ("align", "distill", "finetune")
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -158,6 +159,25 @@ def test_zero3_over_two_processes_equals_one_torch_process(launched: tuple[Path,
                 for gap in GAPS:
                     record.pop(gap, None)
             assert left == pytest.approx(right, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHER_METHODS)
+def test_other_methods_equal_one_torch_process(launched: tuple[Path, dict[str, Any]], name: str) -> None:
+    folder, inputs = launched
+    from teacher_cache.config import CacheConfig
+
+    method, changes = OTHER_METHODS[name]
+    train_student(
+        cache=CacheConfig.model_validate(inputs["cache"]),
+        student=StudentConfig.model_validate(inputs["student"] | {"method": method}),
+        train=TrainConfig.model_validate(settings(backend="torch") | changes),
+        output_dir=folder / "torch" / name,
+        stages=["distill"],
+    )
+    runs = [read_metrics(parent / name, "distill") for parent in (folder, folder / "torch")]
+    for left, right in zip(*runs, strict=True):
+        alike = [{key: value for key, value in record.items() if key not in GAPS} for record in (left, right)]
+        assert alike[0] == pytest.approx(alike[1], rel=1e-5, abs=1e-5)
 
 
 def test_zero3_resumes_bit_identically(launched: tuple[Path, dict[str, Any]]) -> None:

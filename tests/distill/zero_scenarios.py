@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes: a whole training, one stopped and resumed, one in bfloat16 that recomputes."""
+"""Run by torchrun in two processes: a whole training, one stopped and resumed, other methods, one in bfloat16."""
 
 import json
 import os
@@ -9,10 +9,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distill.config import StudentConfig, TrainConfig
+from distill.config import Method, StudentConfig, TrainConfig
 from distill.trainer import train_student
 from distill.zero import launched_processes
 from teacher_cache.config import CacheConfig
+
+# methods whose distill stage differs from the paper's, and what they change in the settings
+OTHER_METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
+    "stand-ins": ("genrecal", {"stages": ["distill"], "recalibrator": {"student_answer_fraction": 0.7}}),
+    "uld": ("uld", {"baselines": {"source": "rows"}}),
+}
 
 
 def stop_once_logged(path: Path, *, lines: int) -> None:
@@ -44,6 +50,11 @@ def main(folder: Path) -> None:
         code = stopped.code
     (halted / f"exit-code-{os.environ['RANK']}").write_text(str(code))
     train_student(**common, student=student, train=train, output_dir=halted)
+
+    for name, (method, changes) in OTHER_METHODS.items():
+        other = student.model_copy(update={"method": method})
+        settings = TrainConfig.model_validate(inputs["train"] | changes)
+        train_student(**common, student=other, train=settings, output_dir=folder / name, stages=["distill"])
 
     bfloat16 = student.model_copy(update={"dtype": "bfloat16"})
     recomputing = train.model_copy(update={"gradient_checkpointing": True})
