@@ -182,7 +182,7 @@ def _accumulate(loop: Loop, micro_batches: list[Batch], *, step: int) -> Forward
     loop.engine.model.train()
     parts = []
     for batch in micro_batches:
-        losses: StageLosses = loop.engine.forward(batch=batch, counts=counts)
+        losses = _forward(loop, batch, counts=counts, step=step)
         loop.engine.backward(losses.loss)
         parts.append(torch.stack(list(losses.totals)))
     totals = torch.stack(parts)
@@ -200,6 +200,18 @@ def _accumulate(loop: Loop, micro_batches: list[Batch], *, step: int) -> Forward
     return Forwarded(
         counts=counts, totals=dict(zip(Totals._fields, sums, strict=True)), tokens=all_tokens, stop=stops > 0
     )
+
+
+def _forward(loop: Loop, batch: Batch, *, counts: Counts, step: int) -> StageLosses:
+    try:
+        losses: StageLosses = loop.engine.forward(batch=batch, counts=counts)
+    except ValueError as error:
+        raise GenrecalError(
+            f"{loop.label}: step {step + 1} failed before its update, with samples {batch.sample_ids}: {error}. If "
+            "rows are not finite, lower the learning rate or look at these samples; start again to go on from the "
+            "last checkpoint."
+        ) from error
+    return losses
 
 
 def _measures_gap(loop: Loop, *, step: int) -> bool:

@@ -115,7 +115,7 @@ class ValueCheck:
 
     def _message(self, problem: str, *, row: int, count: int) -> str:
         inputs = self._inputs
-        value = getattr(inputs, problem)
+        value = getattr(inputs, problem).detach()
         where = f"row {row} of {list(value.shape)}"
         if inputs.sample_ids is not None:
             where += f", sample {inputs.sample_ids[row]}"

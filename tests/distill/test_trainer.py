@@ -201,11 +201,24 @@ def test_resume_after_sigterm_is_bit_identical(cache: CacheConfig, tiny_internvl
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(
-    cache: CacheConfig, tiny_llava: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cache: CacheConfig, tiny_llava: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(GenrecalError, match="not finite"):
+    with pytest.raises(GenrecalError, match=r"step 2 failed before its update, with samples \('s0\d\d', .*not finite"):
         continue_align(cache, tiny_llava, tmp_path, align=STAGE | {"learning_rate": 1e30, "gradient_clipping": 0})
-    assert "losses are not finite with samples" in caplog.text
+
+
+def test_a_sum_that_is_not_finite_stops_before_the_update(
+    cache: CacheConfig,
+    tiny_llava: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distill.stages.linear_ce", lambda rows, **_: rows.sum(-1) * torch.inf)
+    student = student_config(tiny_llava, method="sft")
+    with pytest.raises(GenrecalError, match="the loss of step 1 is not finite"):
+        train_student(cache=cache, student=student, train=train_config(), output_dir=tmp_path)
+    assert "losses are not finite with samples [('s0" in caplog.text
 
 
 def test_learning_rate_is_linear_between_its_ends() -> None:
