@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# run as a folder: the siblings are not importable by themselves, and one has the name of a package that is measured
+# run as a folder: the packages and the siblings are not importable by themselves
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 PARTS = ("gpu_losses", "gpu_recalibrator", "gpu_zero", "gpu_shards")

@@ -1,4 +1,4 @@
-"""Measure a step of the Recalibrator side by side with the student's own blocks: ``python benchmarks/recalibrator.py``.
+"""Measure a step of the Recalibrator side by side with the student's own blocks: ``python benchmarks/recalibrator_step.py``.
 
 ``docs/benchmarks.md`` says what each figure means.
 """
@@ -15,7 +15,7 @@ from cache_bench.figures import table
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="benchmarks/recalibrator.py", description="Measure the Recalibrator.")
+    parser = argparse.ArgumentParser(prog="benchmarks/recalibrator_step.py", description="Measure the Recalibrator.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="one object, figure name to value: print it, or write FILE"
