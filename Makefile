@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/genrecal demo --output $(RUN) $(if $(QUICK),--quick) $(if $(TRAIN_TEACHER),--train-teacher)
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2
 
 test-nightly: install
 	$(BIN)/python -m pytest -q -m nightly

@@ -16,12 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill.chunked_losses import accumulation_dtype
+from distill.linear_head import accumulation_dtype, slices
 
 Base = Literal["last", "first"]
 
 LEAST_LOGPROB = math.log(1e-8)
 """Floor of a token's log-probability where it scales its span: one impossible token must not blank the others."""
+
+_SORTED_SPANS = 64
+"""Spans that are sorted at a time: the work space does not grow with their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,25 +182,41 @@ def topk_uld_loss(
 
 
 class _SortedDistance(torch.autograd.Function):
+    """Keeps one byte per student value: the gradient is the sign of the difference at the value's rank."""
+
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        values, index = sort_descending(student)
-        missing = teacher.shape[-1] - student.shape[-1]
-        # what the narrower side lacks counts as zeros on that side
-        teacher_values = _values_descending(teacher)
-        shared = min(teacher.shape[-1], student.shape[-1])
-        difference = values[:, :shared] - teacher_values[:, :shared]
-        signs = torch.ones_like(values) if missing < 0 else torch.empty_like(values)
-        torch.sign(difference, out=signs[:, :shared])
-        ctx.save_for_backward(index, signs)
-        rest = values[:, shared:] if missing < 0 else teacher_values[:, shared:]
-        return difference.abs_().sum(-1) + rest.sum(-1)
+        signs = torch.empty(student.shape, dtype=torch.int8, device=student.device)
+        losses = student.new_empty(len(student))
+        for spans in slices(len(student), _SORTED_SPANS):
+            losses[spans] = _distances(student[spans], teacher[spans], signs=signs[spans])
+        ctx.save_for_backward(signs)
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
-        index, signs = ctx.saved_tensors
-        return torch.empty_like(signs).scatter_(-1, index, signs * grad_loss[:, None]), None
+        (signs,) = ctx.saved_tensors
+        return signs * grad_loss[:, None], None
+
+
+def _distances(
+    student: Float[Tensor, "spans student_vocab"],
+    teacher: Float[Tensor, "spans teacher_vocab"],
+    *,
+    signs: Int[Tensor, "spans student_vocab"],
+) -> Float[Tensor, " spans"]:
+    """Return the distances, and write on which side of the teacher's each student value is."""
+    values, index = sort_descending(student)
+    teacher_values = _values_descending(teacher)
+    shared = min(teacher.shape[-1], student.shape[-1])
+    difference = values[:, :shared] - teacher_values[:, :shared]
+    # what the narrower side lacks counts as zeros on that side
+    sides = torch.ones_like(values, dtype=torch.int8)
+    sides[:, :shared] = difference.sign()
+    signs.scatter_(-1, index, sides)
+    rest = values[:, shared:] if values.shape[-1] > shared else teacher_values[:, shared:]
+    return difference.abs_().sum(-1) + rest.sum(-1)
 
 
 def sort_descending(values: Float[Tensor, "rows width"]) -> tuple[Tensor, Int[Tensor, "rows width"]]:

@@ -16,22 +16,33 @@ os.environ |= {
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from launch.demo.digits import generate_digit_vqa
 from launch.demo.models import ModelSpec, create_model_directory
 
 
-@pytest.hookimpl(tryfirst=True)
+class _FilesAndTheDemo(LoadFileScheduling):
+    """Keeps the tests of a file in one process, and those of tests/launch, which share one run of the demo."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return LAUNCH if nodeid.startswith(LAUNCH) else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share the suite out among processes."""
+    return _FilesAndTheDemo(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file, and all that need the demo, in one of the processes that share the suite."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("demo" if "demo" in fixtures else item.path.name))
-    items.sort(key=lambda item: "demo" not in getattr(item, "fixturenames", ()))  # it takes the longest
+    """Begin with what takes the longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LAUNCH))
 
 
+LAUNCH = "tests/launch/"
 CORPUS = (
     "Which digit is in the top left corner? Answer with one word.",
     "How many digits are greater than four? Answer in a sentence.",

@@ -4,12 +4,12 @@ It is made from what lies in the run's folder; what is missing is left out and l
 
     results.json                 {"teacher_accuracy": a, "students": {name: {"accuracy": a, "sft_accuracy": a, ...}}}
     evaluation/<model>.json      distill.scoring.EvaluationResult; <model> is teacher, <student>,
-                                 <student>-untouched, <student>-sft, <student>-kd
+                                 <student>-untouched, -sft, -kd, -uld
     training/<student>/<stage>/  metrics.jsonl: objects with global_step and, in any group (train/loss), the
                                  losses loss, sft_loss, ce_loss, kl_loss, regularization_loss, boundary_ce,
                                  rest_ce, question_shuffle_gap; features_first.safetensors and
                                  features_last.safetensors: z_s, r_s, z_l, r_l [samples, width].
-                                 Baselines train as <student>-sft, <student>-kd
+                                 Baselines train as <student>-sft, -kd, -uld
     cache/                       the teacher cache, or where a run file says
     data/test.parquet            held-out data with a column family, or where a run file says
     timings.json                 [{"step": "cache" | "train <student>" | ..., "seconds": s}]

@@ -18,7 +18,7 @@ from teacher_cache.schema import Sample
 
 logger = logging.getLogger(__name__)
 
-BASELINES = ("untouched", "sft", "kd")
+BASELINES = ("untouched", "sft", "kd", "uld")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class RunData:
     """What was looked for and not found."""
 
     def variants(self, student: str) -> dict[str, str]:
-        """Return the evaluation name per kind of model at hand: untouched, sft, kd, distilled."""
+        """Return the evaluation name per kind of model at hand: untouched, sft, kd, uld, distilled."""
         names = {kind: f"{student}-{kind}" for kind in BASELINES} | {"distilled": student}
         return {kind: name for kind, name in names.items() if name in self.evaluations}
 

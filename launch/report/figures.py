@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from launch.console import format_bytes
 
 WIDTH = 9.0
-NAMES = ("ink", "muted", "grid", "page", "teacher", "untouched", "sft", "distilled", "kd", "extra")
+NAMES = ("ink", "muted", "grid", "page", "teacher", "untouched", "sft", "distilled", "kd", "uld", "extra")
 COLORS = {name: f"#0a0b{index:02x}" for index, name in enumerate(NAMES, start=16)}
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -49,14 +49,20 @@ STYLE: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
 }
-KIND_LABELS = {"untouched": "untouched", "sft": "SFT only", "kd": "same-tokenizer KD", "distilled": "distilled"}
+KIND_LABELS = {
+    "untouched": "untouched",
+    "sft": "SFT only",
+    "kd": "same-tokenizer KD",
+    "uld": "ULD",
+    "distilled": "distilled",
+}
 TERMS = {
     "loss": ("total", "ink"),
     "sft_loss": ("student's own CE", "sft"),
     "ce_loss": ("Recalibrator CE", "distilled"),
     "kl_loss": ("Recalibrator KL", "kd"),
     "kd_loss": ("divergence of kd", "kd"),
-    "uld_loss": ("distance of uld", "kd"),
+    "uld_loss": ("distance of uld", "uld"),
     "regularization_loss": ("regularization", "extra"),
 }
 
@@ -91,7 +97,7 @@ def accuracy_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]], *, 
     """Draw accuracy per family: per student (outer key) bars per kind of model, the teacher as a line over each group.
 
     Args:
-        scores: Student -> kind (untouched, sft, kd, distilled) -> group -> accuracy.
+        scores: Student -> kind (untouched, sft, kd, uld, distilled) -> group -> accuracy.
         teacher: Group -> accuracy; its order is the order of the groups.
     """
 

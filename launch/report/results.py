@@ -62,7 +62,7 @@ def gain_rows(run: RunData) -> list[dict[str, Any]]:
     teacher = run.evaluations.get("teacher")
     for student in run.students:
         variants = run.variants(student)
-        for kind in ("sft", "kd", "untouched"):
+        for kind in ("sft", "kd", "uld", "untouched"):
             if kind in variants and "distilled" in variants:
                 ours, other = run.evaluations[variants["distilled"]], run.evaluations[variants[kind]]
                 shared = sorted(ours.scores.keys() & other.scores.keys())

@@ -16,7 +16,7 @@ def training_figures(run: RunData) -> dict[str, str] | None:
     if not run.stage_logs:
         return None
     names = sorted({log.student for log in run.stage_logs})
-    baselines = {f"{student}-{kind}" for student in run.students for kind in ("sft", "kd")}
+    baselines = {f"{student}-{kind}" for student in run.students for kind in ("sft", "kd", "uld")}
     losses = {name: _panels(run, name, metrics=TERMS) for name in names if name not in baselines}
     question = {name: _panels(run, name, metrics=QUESTION_METRICS) for name in losses}
     losses = {name: panels for name, panels in losses.items() if panels}
