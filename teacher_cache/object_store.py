@@ -24,7 +24,7 @@ from obstore.exceptions import (
 )
 
 from teacher_cache.errors import CacheError, ConfigError
-from teacher_cache.object_client import connect, is_forked, plain_message
+from teacher_cache.object_client import TIMEOUT_S, connect, is_forked, plain_message
 from teacher_cache.object_service import ObjectService
 from teacher_cache.storage import DOCUMENT_LIMIT_BYTES, FileEntry, TruncatedFile, check_name, uri_scheme
 
@@ -33,6 +33,7 @@ T = TypeVar("T")
 _PART_BYTES = 16 * 1024**2
 _PARALLEL_PARTS = 4
 _CREATE_ATTEMPTS = 5
+_LIST_ATTEMPTS = 5
 _PAUSE_S = 0.2
 
 
@@ -205,7 +206,7 @@ class ObjectStore:
         if (service := self._forked_service()) is not None:
             yield from (FileEntry(**entry) for entry in service.ask("list", folder))
             return
-        entries = self.call(
+        entries = self._call_again(
             folder, lambda client, path: [entry for page in obstore.list(client, path or None) for entry in page]
         )
         for entry in sorted(entries, key=lambda entry: str(entry["path"])):
@@ -215,7 +216,7 @@ class ObjectStore:
         """Return the names of the prefixes one level below a prefix."""
         if (service := self._forked_service()) is not None:
             return tuple(service.ask("folders", folder))
-        found = self.call(folder, lambda client, path: obstore.list_with_delimiter(client, path))
+        found = self._call_again(folder, lambda client, path: obstore.list_with_delimiter(client, path))
         return tuple(sorted(str(prefix).rstrip("/").rsplit("/", 1)[-1] for prefix in found["common_prefixes"]))
 
     def remove(self, name: str) -> None:
@@ -269,6 +270,20 @@ class ObjectStore:
 
     def __reduce__(self) -> tuple[object, ...]:
         return ObjectStore, (self.uri,)
+
+    def _call_again(self, name: str, request: Callable[[Any, str], T]) -> T:
+        """Make a listing, again where its answer breaks off: the client repeats all other requests itself."""
+        deadline = time.monotonic() + TIMEOUT_S
+        for attempt in range(_LIST_ATTEMPTS - 1):
+            try:
+                return self.call(name, request)
+            except (PermissionError, FileNotFoundError):
+                raise
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise  # the client has tried for long enough
+                time.sleep(_PAUSE_S * 2**attempt)
+        return self.call(name, request)
 
     def _forked_service(self) -> ObjectService | None:
         if not is_forked():
