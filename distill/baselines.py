@@ -19,7 +19,8 @@ from distill.config import BaselineOptions
 from distill.divergences import Divergence
 from distill.linear_head import LinearHead
 from distill.logit_targets import LogitTargets
-from distill.uld import SpanTokens, sorted_distance, span_scale, topk_distance
+from distill.sorted_distance import sorted_distance, topk_distance
+from distill.uld import SpanTokens, span_scale
 
 CHUNK_SPANS = 256
 

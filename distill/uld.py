@@ -6,25 +6,23 @@ them are compared by their probabilities in descending order, so that ids never 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from distill.linear_head import accumulation_dtype, slices
+from distill.sorted_distance import SPANS_AT_ONCE, sorted_distance, topk_distance
 
 Base = Literal["last", "first"]
 
 LEAST_LOGPROB = math.log(1e-8)
 """Floor of a token's log-probability where it scales its span: one impossible token must not blank the others."""
-
-_SORTED_SPANS = 64
-"""Spans that are sorted at a time: the work space does not grow with their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +101,47 @@ def aligned_uld_loss(
 
     The gradient reaches the student only.
     """
-    student = merge_spans(student_logits / temperature, student_ids, spans.student)
-    with torch.no_grad():
-        teacher = merge_spans(teacher_logits / temperature, teacher_ids, spans.teacher)
-    return sorted_distance(student, teacher)
+    losses = []
+    for student, teacher in zip(
+        _blocks(student_logits, student_ids, spans.student),
+        _blocks(teacher_logits.detach(), teacher_ids, spans.teacher),
+        strict=True,
+    ):
+        own, theirs = (
+            merge_spans(block.logits / temperature, block.token_ids, block.tokens) for block in (student, teacher)
+        )
+        losses.append(sorted_distance(own, theirs))
+    return torch.cat(losses) if losses else student_logits.new_zeros(0, dtype=accumulation_dtype(student_logits.dtype))
+
+
+class _Block(NamedTuple):
+    logits: Float[Tensor, "tokens vocab"]
+    token_ids: Int[Tensor, " tokens"]
+    tokens: SpanTokens
+
+
+def _blocks(
+    logits: Float[Tensor, "tokens vocab"], token_ids: Int[Tensor, " tokens"], tokens: SpanTokens
+) -> Iterator[_Block]:
+    """Yield a few spans at a time, so that the work space does not grow with their number."""
+    ends = tokens.base.scatter_reduce(0, tokens.span_of_other, tokens.others, "amax") + 1
+    parts = list(slices(len(ends), SPANS_AT_ONCE))
+    stops = [int(ends[part.stop - 1]) for part in parts]
+    starts = [0, *stops]
+    # in one split, whose backward pass puts the gradients side by side instead of adding up one per block
+    sizes = [stop - start for start, stop in pairwise(starts)] + [len(logits) - starts[-1]]
+    pieces = zip(logits.split(sizes), token_ids.split(sizes), strict=True)
+    for part, start, (own_logits, own_ids) in zip(parts, starts, pieces, strict=False):
+        others = slice(*torch.searchsorted(tokens.span_of_other, torch.tensor([part.start, part.stop])).tolist())
+        yield _Block(
+            logits=own_logits,
+            token_ids=own_ids,
+            tokens=SpanTokens(
+                base=tokens.base[part] - start,
+                others=tokens.others[others] - start,
+                span_of_other=tokens.span_of_other[others] - part.start,
+            ),
+        )
 
 
 def merge_spans(
@@ -124,33 +159,6 @@ def span_scale(logprobs: Float[Tensor, " other_tokens"], tokens: SpanTokens) -> 
     """Return the product of the probabilities of each span's other tokens, 1 where there are none."""
     zeros = logprobs.new_zeros(len(tokens.base))
     return zeros.index_add(0, tokens.span_of_other, logprobs.clamp(min=LEAST_LOGPROB)).exp()
-
-
-def sorted_distance(
-    student: Float[Tensor, "spans student_vocab"], teacher: Float[Tensor, "spans teacher_vocab"]
-) -> Float[Tensor, " spans"]:
-    """Return ``sum_i |p_(i) - q_(i)|`` over descending values, the narrower side padded with zeros.
-
-    Values must not be negative. The gradient reaches the student only.
-    """
-    return _SortedDistance.apply(student, teacher.detach())
-
-
-def topk_distance(
-    student: Float[Tensor, "spans student_vocab"],
-    *,
-    student_mass: Float[Tensor, " spans"],
-    topk: Float[Tensor, "spans k"],
-    teacher_mass: Float[Tensor, " spans"],
-) -> Float[Tensor, " spans"]:
-    """Return a lower bound of `sorted_distance` from the teacher's k highest values and its total mass.
-
-    Formula: ``sum_{i <= k} |p_(i) - q_(i)| + |p_rest - q_rest|``, rest being the mass below rank k.
-    """
-    k = min(topk.shape[-1], student.shape[-1])
-    own, theirs = student.topk(k, dim=-1).values, topk[..., :k]
-    rest = (student_mass - own.sum(-1)) - (teacher_mass - theirs.sum(-1))
-    return (own - theirs).abs().sum(-1) + rest.abs()
 
 
 def uld_loss(
@@ -179,70 +187,6 @@ def topk_uld_loss(
     ones = probabilities.new_ones(len(probabilities))
     topk = topk_logprobs.to(probabilities.dtype).exp()
     return topk_distance(probabilities, student_mass=ones, topk=topk, teacher_mass=ones)
-
-
-class _SortedDistance(torch.autograd.Function):
-    """Keeps one byte per student value: the gradient is the sign of the difference at the value's rank."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        signs = torch.empty(student.shape, dtype=torch.int8, device=student.device)
-        losses = student.new_empty(len(student))
-        for spans in slices(len(student), _SORTED_SPANS):
-            losses[spans] = _distances(student[spans], teacher[spans], signs=signs[spans])
-        ctx.save_for_backward(signs)
-        return losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
-        (signs,) = ctx.saved_tensors
-        return signs * grad_loss[:, None], None
-
-
-def _distances(
-    student: Float[Tensor, "spans student_vocab"],
-    teacher: Float[Tensor, "spans teacher_vocab"],
-    *,
-    signs: Int[Tensor, "spans student_vocab"],
-) -> Float[Tensor, " spans"]:
-    """Return the distances, and write on which side of the teacher's each student value is."""
-    values, index = sort_descending(student)
-    teacher_values = _values_descending(teacher)
-    shared = min(teacher.shape[-1], student.shape[-1])
-    difference = values[:, :shared] - teacher_values[:, :shared]
-    # what the narrower side lacks counts as zeros on that side
-    sides = torch.ones_like(values, dtype=torch.int8)
-    sides[:, :shared] = difference.sign()
-    signs.scatter_(-1, index, sides)
-    rest = values[:, shared:] if values.shape[-1] > shared else teacher_values[:, shared:]
-    return difference.abs_().sum(-1) + rest.sum(-1)
-
-
-def sort_descending(values: Float[Tensor, "rows width"]) -> tuple[Tensor, Int[Tensor, "rows width"]]:
-    """Return non-negative values of each row in descending order, and where they were.
-
-    On a CPU float32 values are sorted as 64-bit integers, bits of the value above its place, with numpy's vectorised
-    sort: the bits of non-negative floats order as the floats do.
-    """
-    if values.device.type != "cpu" or values.dtype != torch.float32:
-        return torch.sort(values, dim=-1, descending=True)
-    keys = np.empty(values.shape, dtype="<i8")
-    halves = keys.view("<i4").reshape(*values.shape, 2)
-    # complemented, so that ascending keys are descending values
-    np.invert(values.detach().contiguous().numpy().view("<i4"), out=halves[..., 1])
-    halves[..., 0] = np.arange(values.shape[-1], dtype="<i4")
-    keys.sort(axis=-1)
-    found = np.invert(halves[..., 1]).view("<f4")
-    return torch.from_numpy(found), torch.from_numpy(halves[..., 0].astype(np.int64))
-
-
-def _values_descending(values: Tensor) -> Tensor:
-    if values.device.type != "cpu" or values.dtype != torch.float32:
-        return torch.sort(values, dim=-1, descending=True).values
-    negated = values.neg()
-    negated.numpy().sort(axis=-1)
-    return negated.neg_()
 
 
 def _turns(lengths: Sequence[int]) -> Int[np.ndarray, " tokens"]:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill import sorted_distance as sorting
+from distill import uld
+from distill.sorted_distance import sort_descending, sorted_distance, topk_distance
 from distill.uld import (
     SpanTokens,
     align_spans,
     aligned_uld_loss,
     merge_spans,
-    sort_descending,
-    sorted_distance,
-    topk_distance,
     topk_uld_loss,
     uld_loss,
 )
@@ -63,8 +63,13 @@ def walk(student_ends: list[int], teacher_ends: list[int]) -> tuple[list[list[in
     return student_spans, teacher_spans
 
 
+@pytest.mark.parametrize("spans_at_once", [64, 2])
 @pytest.mark.parametrize("case", GOLD["cases"], ids=lambda case: f"{case['strategy']} at {case['temperature']}")
-def test_loss_and_gradient_equal_those_of_gold(case: dict[str, Any]) -> None:
+def test_loss_and_gradient_equal_those_of_gold(
+    case: dict[str, Any], spans_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (uld, sorting):
+        monkeypatch.setattr(module, "SPANS_AT_ONCE", spans_at_once)
     sides = GOLD["inputs"]
     # TRL's "observed" reads the row of a token, not the one that predicts it
     rows = slice(None, -1) if case["strategy"] == "bayesian" else slice(1, None)
