@@ -1,4 +1,4 @@
-"""Measure a step of the Recalibrator side by side with the student's own blocks: ``python benchmarks/recalibrator_step.py``.
+"""Measure the Recalibrator side by side with the student's own blocks: ``python benchmarks/recalibrator_step.py``.
 
 ``docs/benchmarks.md`` says what each figure means.
 """
