@@ -1,5 +1,6 @@
 """Every way to use a cache, tried on one that an attacker has written, in a process that is watched."""
 
+import gc
 import resource
 import shutil
 import signal
@@ -128,6 +129,7 @@ def uses(samples: Mapping[str, TeacherTargets]) -> dict[str, Use]:
 def _attack_each(
     send: Connection, place: Path, template: Path, attacks: Mapping[str, Attack], every_use: Mapping[str, Use]
 ) -> None:
+    gc.freeze()  # what was there before the fork is not searched for garbage on the attack's time
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + ADDRESS_LIMIT_BYTES,) * 2)
     root, outside = place / "cache", place / "outside"

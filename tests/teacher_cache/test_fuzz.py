@@ -1,5 +1,6 @@
 """S5: whatever the documents and index of a cache say, with digests that fit, it is read or refused by our error."""
 
+import gc
 import resource
 import shutil
 import signal
@@ -107,9 +108,12 @@ def limits() -> Iterator[None]:
     handler, limit = signal.signal(signal.SIGPROF, give_up), resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + ADDRESS_LIMIT_BYTES, limit[1]))
+    gc.collect()
+    gc.freeze()  # what other tests have left in this process is not searched again on the example's time
     try:
         yield
     finally:
+        gc.unfreeze()
         resource.setrlimit(resource.RLIMIT_AS, limit)
         signal.signal(signal.SIGPROF, handler)
 
