@@ -54,12 +54,14 @@ def make_problem(
 
 
 def own(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and forward KL of this project."""
     rows = _leaf(problem)
     losses = linear_ce_kl(rows, teacher_rows=problem.teacher_rows, weight=problem.weight, labels=problem.labels)
     return _backward((losses.ce_loss + losses.kl_loss).sum(), rows)
 
 
 def own_kl(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Forward KL of this project alone."""
     rows = _leaf(problem)
     return _backward(linear_divergence(rows, teacher_rows=problem.teacher_rows, weight=problem.weight).sum(), rows)
 
