@@ -93,7 +93,7 @@ def _repair(store: Store, manifest: Manifest, problems: Sequence[Problem], *, ur
     if snapshots:
         fill_gaps(store, manifest=manifest)
     lost_index = any(problem.path.startswith(f"{INDEX}/") for problem in problems)
-    rewritten = bool(snapshots or lost_index) and not damaged
+    rewritten = bool(snapshots or lost_index) and not damaged and not lost_plan
     if rewritten:
         rewritten = CacheWriter(uri=uri, fingerprint=manifest.fingerprint).complete()
     return RepairReport(

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
+from obstore.exceptions import GenericError
 
-from teacher_cache import TeacherCache, object_client, open_cache
+from teacher_cache import TeacherCache, object_client, object_store, open_cache
 from teacher_cache.errors import CacheCorrupt, CacheError, ConfigError
 from teacher_cache.gc import collect_garbage
 from teacher_cache.object_store import ObjectStore
@@ -162,6 +164,26 @@ def test_an_answer_that_stalls_is_asked_for_again(s3: S3, monkeypatch: pytest.Mo
     stalls = iter(["stall"])
     s3.fault = lambda method, path: next(stalls, None) if "hidden_states" in path else None  # type: ignore[return-value]
     require_whole(s3.uri)
+
+
+def test_a_listing_that_breaks_off_is_asked_for_again(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_at(s3.uri)
+    listing, breaks = obstore.list, 2
+
+    def break_off(*arguments: Any) -> Any:
+        nonlocal breaks
+        breaks -= 1
+        if breaks >= 0:
+            raise GenericError("request or response body error")
+        return listing(*arguments)
+
+    monkeypatch.setattr(object_store, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(obstore, "list", break_off)
+    assert len(list(open_store(s3.uri).list("commits"))) == 3
+    assert breaks == -1
+    breaks = 1000
+    with pytest.raises(OSError, match="body error"):
+        list(open_store(s3.uri).list("commits"))
 
 
 def test_a_damaged_or_missing_object_is_found_and_repaired(s3: S3) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from teacher_cache import open_cache
-from teacher_cache.errors import CacheCorrupt, CacheError
+from teacher_cache.errors import CacheCorrupt, CacheError, CacheIncomplete
 from teacher_cache.gc import collect_garbage
 from teacher_cache.repair import repair_cache
 from teacher_cache.verify import verify_cache
@@ -117,3 +117,26 @@ def test_an_attempt_that_finds_the_standing_record_gone_says_so(root: Path) -> N
         (root / "commits" / "00000.0.json").unlink()
         with pytest.raises(CacheCorrupt, match="shard 00000: its commit record is gone"):
             attempt.commit(skipped=(), provenance={})
+
+
+def test_records_show_that_a_generation_of_the_plan_is_lost(root: Path) -> None:
+    lost = root / "plans" / "000002.json"
+    data = lost.read_bytes()
+    lost.unlink()
+    (root / "snapshots" / "00000002.json").unlink()
+    with pytest.raises(CacheCorrupt, match=r"plans/000002\.json is missing: no plan names .* commits/00002\.0\.json"):
+        build(root, SAMPLES[:2], per_shard=1)
+    assert [problem.path for problem in repair_cache(str(root)).beyond_repair] == ["plans/000002.json"]
+    lost.write_bytes(data)
+    build(root, SAMPLES[:3], per_shard=1)
+    require_latest(root, count=3)
+
+
+def test_a_lost_manifest_and_an_unwritten_snapshot_are_named(root: Path) -> None:
+    for snapshot in (root / "snapshots").iterdir():
+        snapshot.unlink()
+    with pytest.raises(CacheIncomplete, match="its snapshot is not written yet"):
+        open_cache(str(root))
+    (root / "CACHE.json").unlink()
+    with pytest.raises(CacheCorrupt, match=r"CACHE\.json is missing from what was a cache"):
+        build(root, SAMPLES[:3], per_shard=1)
