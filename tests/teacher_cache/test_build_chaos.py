@@ -172,9 +172,11 @@ CREATE_ACTOR = "ray::rpc::ActorInfoGcsService.grpc_client.CreateActor"
 
 
 def faults(*methods: str, at_most: int) -> str:
-    """Requests that never arrive, answers that never arrive, and both at once, a fifth of the calls each."""
-    kinds = dict.fromkeys(("req_failure_prob", "resp_failure_prob", "in_flight_failure_prob"), 20)
-    return json.dumps({method: {"num_failures": at_most, **kinds} for method in methods})
+    """Requests that never arrive, answers that never arrive, and both at once: one call each, then a fifth each."""
+    kinds = ("req", "resp", "in_flight")
+    certain = {f"num_lower_bound_{kind}_failures": 1 for kind in kinds}
+    likely = {f"{kind}_failure_prob": 20 for kind in kinds}
+    return json.dumps({method: {"num_failures": at_most, **certain, **likely} for method in methods})
 
 
 @pytest.mark.slow
