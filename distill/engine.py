@@ -1,6 +1,7 @@
 """What a training backend offers, and the plain-torch one.
 
-Every backend accumulates gradients so that a step uses ``sum over processes and micro-batches of loss``.
+Every backend accumulates gradients so that a step uses ``sum over processes and micro-batches of loss``. A step may
+have any number of micro-batches, the same on every process.
 """
 
 import contextlib
@@ -125,22 +126,6 @@ class TorchEngine:
 
     def close(self) -> None:
         """Do nothing."""
-
-
-def accumulation_steps(stage: Stage, *, train: TrainConfig, world_size: int) -> int:
-    """Return the micro-batches per process and optimizer step.
-
-    Raises:
-        ConfigError: The global batch is not a multiple of what all processes take at once.
-    """
-    config = train.stage(stage)
-    together = config.micro_batch_size * world_size
-    if config.global_batch_size % together:
-        raise ConfigError(
-            f"stage {stage}: global_batch_size {config.global_batch_size} is not a multiple of micro_batch_size "
-            f"{config.micro_batch_size} x {world_size} processes"
-        )
-    return config.global_batch_size // together
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:

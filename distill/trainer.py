@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from distill.checkpoint import require_same_run, write_durably
 from distill.config import STAGES, Stage, StudentConfig, TrainConfig
 from distill.data import JoinedData, SampleOrder, StudentEncoder, join_cache
-from distill.engine import accumulation_steps
 from distill.export import export_recalibrator, export_student
+from distill.live import TargetSource
 from distill.loop import Loop, run_steps
 from distill.processes import Processes
 from distill.signals import Signals, noted_signals
@@ -23,7 +23,7 @@ from distill.stages import StageModel
 from distill.student import load_student, resolve_model
 from distill.zero import launched_processes, make_engine
 from recalibrator import Recalibrator, RecalibratorConfig
-from teacher_cache import TeacherCache, open_cache
+from teacher_cache import open_cache
 from teacher_cache.chat import load_processor
 from teacher_cache.config import CacheConfig
 from teacher_cache.documents import encode_document, parse_document
@@ -42,7 +42,7 @@ DONE = "DONE.json"
 class Job:
     """What all stages of one student share."""
 
-    cache: TeacherCache
+    cache: TargetSource
     data: SampleSet
     encoder: StudentEncoder
     student: StudentConfig
@@ -83,6 +83,7 @@ def train_student(
     train: TrainConfig,
     output_dir: Path,
     stages: Sequence[Stage] | None = None,
+    targets: TargetSource | None = None,
 ) -> None:
     """Train one student, inside the processes that a launcher started or alone.
 
@@ -92,6 +93,7 @@ def train_student(
         train: Stages and settings.
         output_dir: Run folder; results go to ``training/<student>/<stage>/`` and ``students/<student>/``.
         stages: Stages to run now; by default all that the method has. Earlier ones must be done.
+        targets: Where the teacher's targets come from; by default the cache.
 
     Raises:
         SystemExit: 128 + n after signal n, once a checkpoint is written.
@@ -104,7 +106,7 @@ def train_student(
         base = resolve_model(student.model, revision=student.revision)
         processor = load_processor(str(base), trust_remote_code=student.trust_remote_code)
         job = Job(
-            cache=open_cache(cache.uri),
+            cache=open_cache(cache.uri) if targets is None else targets,
             data=read_samples(cache.data),
             encoder=StudentEncoder(processor, config=student, memory_mib=train.encoding_cache_mib),
             student=student,
@@ -185,7 +187,6 @@ def _run_stage(job: Job, stage: Stage) -> bool:
 
 def _set_up(job: Job, stage: Stage) -> StageRun:
     config, train, student = job.train.stage(stage), job.train, job.student
-    accumulation_steps(stage, train=train, world_size=job.processes.world_size)
     has_images = any(sample.images for sample in job.data.samples)
     spec = stage_spec(stage, method=student.method, train=train, has_images=has_images)
     data = join_cache(job.cache, job.data, encoder=job.encoder, spec=spec, max_samples=config.max_samples)

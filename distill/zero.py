@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import Backend, Stage, TrainConfig
-from distill.engine import Engine, PartitionReport, TorchEngine, accumulation_steps, set_learning_rate
+from distill.engine import Engine, PartitionReport, TorchEngine, set_learning_rate
 from distill.processes import Processes, launch_environment
 from distill.stages import StageModel
 from teacher_cache.errors import ConfigError
@@ -88,14 +88,7 @@ class ZeroEngine:
         self._processes = processes
         self.model = model.to_device(processes.device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        config = deepspeed_config(
-            stage,
-            train=train,
-            dtype=dtype,
-            world_size=processes.world_size,
-            num_trained=sum(p.numel() for p in trained),
-        )
-        self._accumulation = config["gradient_accumulation_steps"]
+        config = deepspeed_config(stage, train=train, dtype=dtype, num_trained=sum(p.numel() for p in trained))
         for module in leaf_modules(model, max_parameters=train.zero.leaf_module_parameters):
             set_z3_leaf_module(module, True)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
@@ -114,8 +107,6 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradient; the engine averages over processes, and the sum is wanted."""
         self._engine.backward(loss * self._processes.world_size, scale_wrt_gas=False)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()
 
     def step(self, *, learning_rate: float) -> float:
         """Update the parameters."""
@@ -154,13 +145,11 @@ class ZeroEngine:
         self._engine.destroy()
 
 
-def deepspeed_config(
-    stage: Stage, *, train: TrainConfig, dtype: str, world_size: int, num_trained: int
-) -> dict[str, Any]:
+def deepspeed_config(stage: Stage, *, train: TrainConfig, dtype: str, num_trained: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration for one stage.
 
     Raises:
-        ConfigError: Batch sizes do not divide, the element type is float16, or an override touches our own keys.
+        ConfigError: The element type is float16, or an override touches our own keys.
     """
     if dtype == "float16":
         raise ConfigError(
@@ -172,7 +161,9 @@ def deepspeed_config(
     config = train.stage(stage)
     own = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(stage, train=train, world_size=world_size),
+        # a step has as many micro-batches as it needs: the caller says when it is complete
+        "managed_gradient_accumulation": False,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": config.gradient_clipping,
         "optimizer": {
             "type": "AdamW",

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from distill.config import StudentConfig, TrainConfig
-from distill.engine import accumulation_steps
-from distill.processes import launch_environment
+from distill.config import Stage, StudentConfig, TrainConfig
+from distill.processes import Processes, launch_environment
 from distill.trainer import train_student
 from distill.zero import deepspeed_config, launched_processes
 from teacher_cache.errors import CheckpointError, ConfigError
+from tests.distill.engine_runs import EngineRun, run_uneven_steps
 from tests.distill.small_cache import build_small_cache, write_data
 from tests.distill.small_runs import GAPS
 from tests.distill.zero_scenarios import OTHER_METHODS
@@ -61,13 +62,13 @@ def test_another_number_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def config(train: TrainConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
-    return deepspeed_config("align", train=train, dtype=dtype, world_size=4, num_trained=1000)
+    return deepspeed_config("align", train=train, dtype=dtype, num_trained=1000)
 
 
 def test_deepspeed_configuration_follows_from_the_stage() -> None:
-    stage = {"global_batch_size": 48, "micro_batch_size": 3, "gradient_clipping": 0.5, "weight_decay": 0.1}
+    stage = {"gradient_clipping": 0.5, "weight_decay": 0.1}
     built = config(TrainConfig.model_validate({"align": stage}))
-    assert built["gradient_accumulation_steps"] == 4
+    assert built["managed_gradient_accumulation"] is False
     assert built["gradient_clipping"] == 0.5
     assert built["optimizer"]["params"]["torch_adam"]
     assert built["optimizer"]["params"]["weight_decay"] == 0.1
@@ -84,13 +85,9 @@ def test_overrides_are_merged_but_our_own_keys_are_refused() -> None:
         config(TrainConfig.model_validate({"zero": {"overrides": {"gradient_clipping": 3}}}))
 
 
-def test_float16_and_uneven_batches_are_refused() -> None:
+def test_float16_is_refused() -> None:
     with pytest.raises(ConfigError, match="bfloat16"):
         config(TrainConfig(), dtype="float16")
-    with pytest.raises(ConfigError, match="not a multiple"):
-        accumulation_steps(
-            "align", train=TrainConfig.model_validate({"align": {"global_batch_size": 20}}), world_size=2
-        )
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -151,8 +148,8 @@ def test_zero3_over_two_processes_equals_one_torch_process(launched: tuple[Path,
         output_dir=folder / "torch",
     )
     for stage in STAGES:
-        zero3, torch = read_metrics(folder / "whole", stage), read_metrics(folder / "torch", stage)
-        for left, right in zip(zero3, torch, strict=True):
+        runs = [read_metrics(folder / backend, stage) for backend in ("whole", "torch")]
+        for left, right in zip(*runs, strict=True):
             # measured over one micro-batch per process, so over other samples
             assert ("train/question_shuffle_gap" in left) == ("train/question_shuffle_gap" in right)
             for record in (left, right):
@@ -178,6 +175,21 @@ def test_other_methods_equal_one_torch_process(launched: tuple[Path, dict[str, A
     for left, right in zip(*runs, strict=True):
         alike = [{key: value for key, value in record.items() if key not in GAPS} for record in (left, right)]
         assert alike[0] == pytest.approx(alike[1], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_unequal_numbers_of_micro_batches_equal_one_torch_process(
+    launched: tuple[Path, dict[str, Any]], stage: Stage
+) -> None:
+    folder, inputs = launched
+    alone = Processes(rank=0, world_size=1, device=torch.device("cpu"))
+    train = TrainConfig.model_validate(settings(backend="torch"))
+    expected = run_uneven_steps(inputs, stage=stage, processes=alone, train=train)
+    found: EngineRun = torch.load(folder / f"uneven-{stage}.pt", weights_only=False)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert found.norms == pytest.approx(expected.norms, rel=1e-5)
+    for name, parameter in expected.parameters.items():
+        torch.testing.assert_close(found.parameters[name], parameter, rtol=1e-4, atol=2e-6, msg=name)
 
 
 def test_zero3_resumes_bit_identically(launched: tuple[Path, dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes: a whole training, one stopped and resumed, other methods, one in bfloat16."""
+"""Run by torchrun in two processes: whole trainings, one stopped and resumed, uneven steps, one in bfloat16."""
 
 import json
 import os
@@ -9,10 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.config import Method, StudentConfig, TrainConfig
+from distill.processes import Processes
 from distill.trainer import train_student
 from distill.zero import launched_processes
 from teacher_cache.config import CacheConfig
+from tests.distill.engine_runs import run_uneven_steps
 
 # methods whose distill stage differs from the paper's, and what they change in the settings
 OTHER_METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
@@ -32,7 +36,7 @@ def stop_once_logged(path: Path, *, lines: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, processes: Processes) -> None:
     inputs = json.loads((folder / "inputs.json").read_text())
     train = TrainConfig.model_validate(inputs["train"])
     common: dict[str, Any] = {"cache": CacheConfig.model_validate(inputs["cache"])}
@@ -56,6 +60,11 @@ def main(folder: Path) -> None:
         settings = TrainConfig.model_validate(inputs["train"] | changes)
         train_student(**common, student=other, train=settings, output_dir=folder / name, stages=["distill"])
 
+    for stage in ("align", "distill"):
+        run = run_uneven_steps(inputs, stage=stage, processes=processes, train=train)
+        if processes.rank == 0:
+            torch.save(run, folder / f"uneven-{stage}.pt")
+
     bfloat16 = student.model_copy(update={"dtype": "bfloat16"})
     recomputing = train.model_copy(update={"gradient_checkpointing": True})
     train_student(**common, student=bfloat16, train=recomputing, output_dir=folder / "bfloat16", stages=["align"])
@@ -63,5 +72,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     # one process group for all scenarios
-    with launched_processes(backend="zero3", num_processes=2):
-        main(Path(sys.argv[1]))
+    with launched_processes(backend="zero3", num_processes=2) as joined:
+        main(Path(sys.argv[1]), joined)
