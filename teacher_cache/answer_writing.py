@@ -11,6 +11,7 @@ from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.chat import Processor, encode_conversation, render_prompt, tokenizer_of
 from teacher_cache.errors import SampleError
 from teacher_cache.messages import IMAGE_MARK
+from teacher_cache.progress import PieceProgress
 from teacher_cache.samples import decode_image
 from teacher_cache.schema import Message, Sample
 
@@ -83,22 +84,12 @@ class WrittenSample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WritingProgress:
-    """A sign of life."""
-
-    samples: int
-    """Finished."""
-    tokens: int
-    """Generated, those of refused attempts included."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class WrittenPart:
     """Samples with their answers, in order."""
 
     samples: tuple[WrittenSample, ...]
     tokens: int
-    """Generated."""
+    """Generated, those of refused attempts included."""
 
 
 @dataclass(kw_only=True)
@@ -140,7 +131,7 @@ class AnswerWriter:
         self._tokens = 0
         self._finished = 0
 
-    def write(self, samples: Sequence[Sample]) -> Iterator[WritingProgress | WrittenPart]:
+    def write(self, samples: Sequence[Sample]) -> Iterator[PieceProgress | WrittenPart]:
         """Yield signs of life, and the written samples at the end."""
         self._tokens = self._finished = 0
         drafts = {sample.sample_id: self._draft(sample) for sample in samples}
@@ -154,7 +145,7 @@ class AnswerWriter:
                 self._take(draft, answer)
                 if draft.due:
                     self._submit(draft)
-            yield WritingProgress(samples=self._finished, tokens=self._tokens)
+            yield PieceProgress(samples=self._finished, tokens=self._tokens)
         yield WrittenPart(samples=tuple(draft.written() for draft in drafts.values()), tokens=self._tokens)
 
     def _draft(self, sample: Sample) -> _Draft:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from teacher_cache.answer_file import AnswerCounts
 from teacher_cache.answer_job import AnswerJob
-from teacher_cache.answer_pool import AnswerPool
+from teacher_cache.answer_pool import write_parts
 from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.build import ray_session
 from teacher_cache.build_job import stop_on_signals
@@ -55,10 +55,17 @@ def write_answers(cache: CacheConfig, *, answers: AnswersConfig, log_dir: Path) 
             if missing:
                 with stop_on_signals() as stop, ray_session(cache.build) as ray:
                     stop.install()
-                    placement = ReplicaPlacement(ray, cache)
-                    pool = AnswerPool(job, cache=cache, answers=answers, ray=ray, placement=placement, log_dir=log_dir)
-                    pool.run(missing, stop=stop)
-                    tokens, written = pool.tokens, len(missing)
+                    tokens = write_parts(
+                        job,
+                        missing,
+                        cache=cache,
+                        answers=answers,
+                        stop=stop,
+                        ray=ray,
+                        placement=ReplicaPlacement(ray, cache),
+                        log_dir=log_dir,
+                    )
+                    written = len(missing)
             counts = job.finish()
     job.file.remove_parts()
     return AnswersSummary(

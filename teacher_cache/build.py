@@ -20,7 +20,7 @@ from teacher_cache.build_job import BuildJob, BuildSummary, stop_on_signals
 from teacher_cache.build_metrics import BuildMetrics
 from teacher_cache.build_placement import ReplicaPlacement
 from teacher_cache.build_plan import open_builder
-from teacher_cache.build_pool import BuildPool
+from teacher_cache.build_pool import build_shards
 from teacher_cache.claims import Claims
 from teacher_cache.config import BuildConfig, CacheConfig
 from teacher_cache.reader import open_cache
@@ -73,8 +73,9 @@ def _build_missing(job: BuildJob) -> None:
         missing = job.missing_shards()
         checked = list(job.spot_checked(missing))
         references = compute_references(checked, config=job.config, placement=placement, ray=ray, stop=stop, job=job)
-        pool = BuildPool(
+        build_shards(
             job,
+            missing,
             stop=stop,
             ray=ray,
             claims=claims,
@@ -82,7 +83,6 @@ def _build_missing(job: BuildJob) -> None:
             metrics=BuildMetrics(uri=job.config.uri),
             references=references,
         )
-        pool.run(missing)
 
 
 def import_ray() -> ModuleType:

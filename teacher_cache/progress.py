@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import tqdm
@@ -20,6 +21,15 @@ class Progress(Protocol):
     def update(self, n: int = 1, **postfix: Any) -> None:
         """Count ``n`` more units; ``postfix`` is shown beside the count."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceProgress:
+    """A sign of life from an actor: what it has done of its piece of work so far."""
+
+    samples: int
+    """Done or skipped."""
+    tokens: int
 
 
 @contextmanager

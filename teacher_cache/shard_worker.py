@@ -16,6 +16,7 @@ from teacher_cache.config import CacheConfig
 from teacher_cache.errors import GenrecalError, SampleError
 from teacher_cache.head_check import HEAD_CHECK_ROWS, ScoredRows, check_head_agrees
 from teacher_cache.prefetch import Prefetch
+from teacher_cache.progress import PieceProgress
 from teacher_cache.reader import open_cache
 from teacher_cache.schema import EncodedConversation, Sample, SkippedSample, TeacherTargets
 from teacher_cache.shard_attempt import ShardAttempt
@@ -31,15 +32,6 @@ WINDOW_SAMPLES: Final = 32
 WRITES_AHEAD: Final = 8
 """Samples that wait to be written; more of them hold the engine up instead of filling the memory."""
 SIGN_OF_LIFE_S: Final = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardProgress:
-    """A sign of life: how far a shard is."""
-
-    samples: int
-    """Computed or skipped."""
-    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +67,7 @@ class ShardWorker:
 
     def build(
         self, shard_id: str, samples: Sequence[Sample], *, references: Sequence[ReferenceRows] = ()
-    ) -> Iterator[ShardProgress | ShardReport]:
+    ) -> Iterator[PieceProgress | ShardReport]:
         """Compute and commit one shard; yield signs of life, and the report at the end.
 
         Args:
@@ -145,7 +137,7 @@ class _ShardBuild:
         """Bad samples, in planned order."""
         return [self._skipped[sample.sample_id] for sample in self._samples if sample.sample_id in self._skipped]
 
-    def run(self) -> Iterator[ShardProgress]:
+    def run(self) -> Iterator[PieceProgress]:
         """Compute and write all samples."""
         told = time.monotonic()
         topk = self._worker.config.targets.topk
@@ -169,8 +161,8 @@ class _ShardBuild:
                 raise
         yield self._progress()
 
-    def _progress(self) -> ShardProgress:
-        return ShardProgress(samples=self._next, tokens=self.tokens)
+    def _progress(self) -> PieceProgress:
+        return PieceProgress(samples=self._next, tokens=self.tokens)
 
     def _requests(self) -> Iterator[TeacherRequest]:
         """Encode the samples; within each window, the longest come first so that no short rest waits for a long one."""

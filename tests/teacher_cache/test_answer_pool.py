@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from teacher_cache.answer_pool import AnswerPool
-from teacher_cache.answer_writing import WritingProgress, WrittenPart, WrittenSample
+from teacher_cache.answer_pool import write_parts
+from teacher_cache.answer_writing import WrittenPart, WrittenSample
 from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.build_job import StopRequest
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import DataIncomplete, TeacherError
+from teacher_cache.progress import PieceProgress
 
 Signs = Iterator[Any]
 Behaviour = Callable[[list[str]], Signs]
@@ -69,12 +70,23 @@ class Ray:
         return item
 
 
+@dataclass
+class Method:
+    """A method without arguments, called as Ray's are."""
+
+    signs: Callable[[], Signs]
+
+    def remote(self) -> Stream:
+        return Stream(self.signs())
+
+
 class Actor:
     """An actor that does as it is told; its method can be called as Ray's are."""
 
     def __init__(self, behaviour: Behaviour) -> None:
         self.behaviour = behaviour
         self.write = self
+        self.ready = Method(lambda: iter([True]))
 
     def options(self, *, num_returns: str) -> "Actor":
         return self
@@ -116,13 +128,13 @@ class Job:
 
 
 def works(samples: list[str]) -> Signs:
-    yield WritingProgress(samples=1, tokens=5)
+    yield PieceProgress(samples=1, tokens=5)
     written = [WrittenSample(sample_id=name, messages=(), original_answers=(), outcomes=()) for name in samples]
     yield WrittenPart(samples=tuple(written), tokens=10)
 
 
 def dies(samples: list[str]) -> Signs:
-    yield WritingProgress(samples=1, tokens=7)
+    yield PieceProgress(samples=1, tokens=7)
     yield RayError("the actor died")
 
 
@@ -131,7 +143,7 @@ def fails(samples: list[str]) -> Signs:
 
 
 def hangs(samples: list[str]) -> Signs:
-    yield WritingProgress(samples=1, tokens=7)
+    yield PieceProgress(samples=1, tokens=7)
     while True:
         yield None
 
@@ -145,41 +157,42 @@ def fails_with_c(samples: list[str]) -> Signs:
     yield from fails(samples) if "c" in samples else works(samples)
 
 
-def run(*behaviours: Behaviour, stop: StopRequest | None = None, **build: Any) -> tuple[Job, Placement, AnswerPool]:
+def run(*behaviours: Behaviour, stop: StopRequest | None = None, **build: Any) -> tuple[Job, Placement, int]:
     values = {"uri": "c", "teacher": {"model": "t"}, "data": {"path": "new.parquet"}, "build": build}
     job, placement = Job(), Placement([*behaviours])
-    pool = AnswerPool(
-        job,  # type: ignore[arg-type]
-        cache=CacheConfig.model_validate(values),
-        answers=AnswersConfig(source="old.parquet"),
-        ray=Ray(),  # type: ignore[arg-type]
-        placement=placement,  # type: ignore[arg-type]
-        log_dir=Path("logs"),
-    )
     try:
-        pool.run([0, 1, 2], stop=stop or StopRequest())
+        tokens = write_parts(
+            job,  # type: ignore[arg-type]
+            [0, 1, 2],
+            cache=CacheConfig.model_validate(values),
+            answers=AnswersConfig(source="old.parquet"),
+            stop=stop or StopRequest(),
+            ray=Ray(),  # type: ignore[arg-type]
+            placement=placement,  # type: ignore[arg-type]
+            log_dir=Path("logs"),
+        )
     except (DataIncomplete, TeacherError) as error:
         error.add_note(str(sorted(job.committed)))
         raise
     finally:
         assert {*placement.stopped} == {*placement.started}, "every actor is stopped"
-    return job, placement, pool
+    return job, placement, tokens
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_parts_are_written_once_by_few_actors(replicas: int) -> None:
-    job, placement, pool = run(num_replicas=replicas)
+    job, placement, tokens = run(num_replicas=replicas)
     assert sorted(job.committed) == [0, 1, 2]
     assert len(placement.started) == replicas
-    assert pool.tokens == 30
+    assert tokens == 30
 
 
 @pytest.mark.parametrize("behaviour", [dies, fails, hangs, never_starts])
 def test_a_part_whose_actor_is_lost_goes_to_a_fresh_one(behaviour: Behaviour) -> None:
-    job, placement, pool = run(behaviour, stall_timeout_s=0.1, start_timeout_s=0.1)
+    job, placement, tokens = run(behaviour, stall_timeout_s=0.1, start_timeout_s=0.1)
     assert sorted(job.committed) == [0, 1, 2]
     assert len(placement.started) == 2
-    assert pool.tokens == 30, "what a lost attempt has told is taken back"
+    assert tokens == 30, "what a lost attempt has told is taken back"
 
 
 def test_a_part_that_always_fails_is_left_out_and_named() -> None:

@@ -25,7 +25,6 @@ from teacher_cache.answer_writing import (
     AnswerRequest,
     AnswerWriter,
     GeneratedAnswer,
-    WritingProgress,
     WrittenPart,
     WrittenSample,
 )
@@ -33,6 +32,7 @@ from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.chat import Processor, load_processor, tokenizer_of
 from teacher_cache.config import CacheConfig, DataConfig, TeacherConfig
 from teacher_cache.errors import ConfigError, DataError, DataMismatch, SampleError
+from teacher_cache.progress import PieceProgress
 from teacher_cache.samples import parse_row, read_samples
 from teacher_cache.schema import Message, Sample
 from tests.reliability.processes import run_in_child
@@ -96,13 +96,13 @@ def said(text: str, **more: Any) -> Row:
 
 def written(
     processor: Processor, script: Callable[[str, AnswerRequest], str | None], *samples: Sample, **config: Any
-) -> tuple[tuple[WrittenSample, ...], ScriptedEngine, list[WritingProgress]]:
+) -> tuple[tuple[WrittenSample, ...], ScriptedEngine, list[PieceProgress]]:
     engine = ScriptedEngine(processor, script)
     settings = AnswersConfig(**{"source": "-", "instruction": INSTRUCTION, "attempts": 2} | config)
     writer = AnswerWriter(engine, processor=processor, config=settings, max_length=MAX_LENGTH)
     *signs, result = writer.write(samples)
     assert isinstance(result, WrittenPart)
-    return result.samples, engine, [sign for sign in signs if isinstance(sign, WritingProgress)]
+    return result.samples, engine, [sign for sign in signs if isinstance(sign, PieceProgress)]
 
 
 REASONED = "Three and four make seven.\nAnswer: seven"

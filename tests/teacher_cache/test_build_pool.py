@@ -15,13 +15,14 @@ from teacher_cache.build_job import BuildJob, StopRequest
 from teacher_cache.build_metrics import BuildMetrics
 from teacher_cache.build_placement import ReplicaPlacement, replica_resources
 from teacher_cache.build_plan import open_builder
-from teacher_cache.build_pool import BuildPool
+from teacher_cache.build_pool import build_shards
 from teacher_cache.claims import Claims
 from teacher_cache.config import BuildConfig, CacheConfig
 from teacher_cache.errors import ConfigError, TeacherError
+from teacher_cache.progress import PieceProgress
 from teacher_cache.sample_file import SampleFile, scan_samples
 from teacher_cache.samples import read_samples
-from teacher_cache.shard_worker import ShardProgress, ShardReport, ShardWorker
+from teacher_cache.shard_worker import ShardReport, ShardWorker
 from teacher_cache.spot_check import ReferenceRows, is_spot_checked
 from teacher_cache.teacher import TransformersTeacher, compute_targets
 from teacher_cache.verify import verify_cache
@@ -40,9 +41,9 @@ class StuckActor:
     def ready(self) -> None:
         pass
 
-    def build(self, *_: Any) -> Iterator[ShardProgress]:
+    def build(self, *_: Any) -> Iterator[PieceProgress]:
         for _ in range(self.signs):
-            yield ShardProgress(samples=1, tokens=10)
+            yield PieceProgress(samples=1, tokens=10)
         time.sleep(600)
 
 
@@ -75,15 +76,16 @@ def run_pool(config: CacheConfig, *, stuck: list[int], log_dir: Path) -> tuple[B
             skipped=[],
             log_dir=log_dir,
         )
-        BuildPool(
+        build_shards(
             job,
+            job.missing_shards(),
             stop=StopRequest(),
             ray=ray,
             claims=claims,
             placement=placement,
             metrics=BuildMetrics(uri=config.uri),
             references={},
-        ).run(job.missing_shards())
+        )
     return job, placement
 
 
@@ -95,7 +97,7 @@ def test_hung_replicas_are_replaced_and_their_shards_built(
     ).model_copy(update={"samples_per_shard": 14})
     job, placement = run_pool(config, stuck=[1, 2], log_dir=tmp_path)
     assert placement.started == 3, "two that hung, and the one that built both shards"
-    assert "attempt 2 of 3 failed: its replica has finished no sample for 20 s and was killed" in caplog.text
+    assert "attempt 2 of 3 failed: its replica has given no sign for 20 s and was killed" in caplog.text
     assert sorted(report.shard_id for report in job.reports) == ["shard-000000", "shard-000001"]
     report = verify_cache(config.uri)
     assert (report.problems, report.missing_shards, report.samples) == ((), (), 28)
