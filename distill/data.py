@@ -11,8 +11,8 @@ from jaxtyping import Int
 
 from distill.batch import Batch, JoinedSample, answer_lengths, collate
 from distill.config import STAGES, Stage, StudentConfig
+from distill.live import TargetSource
 from distill.stage_spec import StageSpec
-from teacher_cache import TeacherCache
 from teacher_cache.chat import encode_conversation
 from teacher_cache.errors import CacheMismatch, ConfigError, DataError, SampleError
 from teacher_cache.samples import SampleSet
@@ -113,7 +113,7 @@ class StudentEncoder:
 class JoinedData:
     """The cached samples of one stage, joined on demand."""
 
-    cache: TeacherCache
+    cache: TargetSource
     samples: Mapping[str, Sample]
     sample_ids: tuple[str, ...]
     encoder: StudentEncoder
@@ -180,7 +180,7 @@ class JoinedData:
 
 
 def join_cache(
-    cache: TeacherCache, data: SampleSet, *, encoder: StudentEncoder, spec: StageSpec, max_samples: int | None
+    cache: TargetSource, data: SampleSet, *, encoder: StudentEncoder, spec: StageSpec, max_samples: int | None
 ) -> JoinedData:
     """Join a cache with the data file it was built from, or with a part of it.
 
