@@ -77,6 +77,15 @@ def gap_metrics(sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
     return metrics
 
 
+def keep_steps(path: Path, *, until: int) -> None:
+    """Drop the lines of a file that a killed run wrote after its last checkpoint: those steps are taken again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if _before(line, until)] if until else []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(path)
+
+
 class MetricsFile:
     """Append-only metrics.jsonl of one stage, one JSON object per optimizer step; without a path, nothing."""
 
@@ -84,11 +93,7 @@ class MetricsFile:
         self._file: TextIO | None = None
         if path is None:
             return
-        # what a killed run logged after its last checkpoint is computed again
-        kept = [line for line in path.read_text().splitlines() if _before(line, start_step)] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)
+        keep_steps(path, until=start_step)
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, object]) -> None:
@@ -145,5 +150,5 @@ class GapWarning:
 def _before(line: str, step: int) -> bool:
     try:
         return int(json.loads(line)["global_step"]) <= step
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         return False

@@ -28,6 +28,15 @@ class Processes:
         torch.distributed.all_reduce(tensor)
         return tensor.tolist()
 
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Return the values of every process, by rank."""
+        if self.world_size == 1:
+            return [list(values)]
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        everyone = own.new_empty(self.world_size, len(own))
+        torch.distributed.all_gather_into_tensor(everyone, own)
+        return everyone.tolist()
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.sum([0.0])
