@@ -9,7 +9,15 @@ from teacher_cache.build_plan import cache_identity, keeps_question_rows
 from teacher_cache.chat import encode_conversation, load_processor
 from teacher_cache.config import CacheConfig
 from teacher_cache.manifest import fingerprint
-from teacher_cache.schema import TIERS, Sample, SkippedSample, TeacherHead, TeacherTargets, Tier
+from teacher_cache.schema import (
+    TIERS,
+    EncodedConversation,
+    Sample,
+    SkippedSample,
+    TeacherHead,
+    TeacherTargets,
+    Tier,
+)
 from teacher_cache.teacher import Teacher, compute_targets, load_teacher_head
 from teacher_cache.teacher_checkpoint import checkpoint_directory
 
@@ -41,6 +49,10 @@ class TargetSource(Protocol):
         """Return the digest of the sample that the teacher saw."""
         ...
 
+    def num_tokens(self, sample_id: str) -> int:
+        """Return the number of teacher tokens, images expanded."""
+        ...
+
     def teacher_head(self) -> TeacherHead:
         """Return the teacher's output projection."""
         ...
@@ -61,12 +73,14 @@ class LiveTeacher:
 
     def __init__(self, teacher: Teacher, *, config: CacheConfig, samples: Sequence[Sample]) -> None:
         """Take an engine and the samples that a cache of this configuration would hold; nothing is read or written."""
-        self._teacher = teacher
+        self.teacher = teacher
+        """The engine."""
         self._config = config
         self._samples = {sample.sample_id: sample for sample in samples}
         directory = checkpoint_directory(config.teacher)
         self._processor = load_processor(str(directory), trust_remote_code=config.teacher.trust_remote_code)
         self.skipped: tuple[SkippedSample, ...] = ()
+        self._num_tokens: dict[str, int] = {}
 
     @property
     def sample_ids(self) -> tuple[str, ...]:
@@ -76,7 +90,7 @@ class LiveTeacher:
     @property
     def hidden_size(self) -> int:
         """Columns of the hidden states."""
-        return self._teacher.hidden_size
+        return self.teacher.hidden_size
 
     @cached_property
     def targets_fingerprint(self) -> str:
@@ -86,6 +100,12 @@ class LiveTeacher:
     def sample_digest(self, sample_id: str) -> str:
         """Return the digest of a sample."""
         return self._samples[sample_id].digest
+
+    def num_tokens(self, sample_id: str) -> int:
+        """Return the number of teacher tokens, images expanded."""
+        if sample_id not in self._num_tokens:
+            self._num_tokens[sample_id] = len(self._encode(sample_id).token_ids)
+        return self._num_tokens[sample_id]
 
     def teacher_head(self) -> TeacherHead:
         """Return the teacher's output projection."""
@@ -98,20 +118,23 @@ class LiveTeacher:
             SampleError: A sample is too long for the teacher, or its targets are not finite.
             TeacherError: The engine failed.
         """
-        samples = [self._samples[sample_id] for sample_id in sample_ids]
+        asked = list(sample_ids)
         targets = compute_targets(
-            self._teacher,
-            [encode_conversation(self._processor, one, max_length=self._config.data.max_length) for one in samples],
+            self.teacher,
+            [self._encode(sample_id) for sample_id in asked],
             topk=self._config.targets.topk,
-            question_rows=["Q" in tiers and self._keeps_question_rows(sample) for sample in samples],
+            question_rows=["Q" in tiers and self._keeps_question_rows(sample_id) for sample_id in asked],
         )
         return targets if "L" in tiers else [_without_tier_l(one) for one in targets]
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def _keeps_question_rows(self, sample: Sample) -> bool:
-        return keeps_question_rows(sample, fraction=self._config.targets.question_fraction)
+    def _encode(self, sample_id: str) -> EncodedConversation:
+        return encode_conversation(self._processor, self._samples[sample_id], max_length=self._config.data.max_length)
+
+    def _keeps_question_rows(self, sample_id: str) -> bool:
+        return keeps_question_rows(self._samples[sample_id], fraction=self._config.targets.question_fraction)
 
 
 def _without_tier_l(targets: TeacherTargets) -> TeacherTargets:

@@ -80,6 +80,7 @@ def test_a_live_teacher_computes_what_its_cache_holds(cache: CacheConfig) -> Non
         for own, cached in zip(targets, expected, strict=True):
             assert own.spans == cached.spans
             assert live.sample_digest(own.sample_id) == stored.sample_digest(cached.sample_id)
+            assert live.num_tokens(own.sample_id) == stored.num_tokens(cached.sample_id)
             for field in ("token_ids", "hidden_states", "question_hidden_states", "topk_logprobs", "answer_byte_ends"):
                 left, right = getattr(own, field), getattr(cached, field)
                 assert (left is None) == (right is None), (tiers, field)
