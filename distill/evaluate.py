@@ -5,22 +5,23 @@ tokens over ln 2 and over the UTF-8 bytes of the answer text, so that models wit
 compare. The nats of the end-of-turn token count, so that a model pays for where it expects the end.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import transformers
+from jaxtyping import Int
 from torch import Tensor
 
-from distill.batch import JoinedSample, collate, to_device
+from distill.batch import Batch, JoinedSample, collate, to_device
 from distill.scoring import (
     EvaluationResult,
     Scorer,
     accuracy_by_family,
     agreement,
+    bits_per_byte_of,
     exact_match,
     read_sample_rows,
     reference_answer,
@@ -109,19 +110,31 @@ def load_chat_model(model: str | Path, *, settings: EvaluationSettings) -> ChatM
     """
     path = resolve_model(str(model), revision=settings.revision)
     processor = load_processor(str(path), trust_remote_code=settings.trust_remote_code)
+    tokenizer = padding_tokenizer(processor)
+    loaded = load_student(path, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
+    loaded.generation_config = greedy(loaded.generation_config, tokenizer=tokenizer)
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return ChatModel(model=loaded.to(device).eval(), processor=processor)  # type: ignore[arg-type]
+
+
+def padding_tokenizer(processor: Processor) -> Any:
+    """Return the processor's tokenizer, with a token to pad prompts with."""
     tokenizer = tokenizer_of(processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    loaded = load_student(path, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
-    own = loaded.generation_config
-    # replaced whole: a checkpoint's sampling settings (temperature, repetition penalty) fill what a call leaves open
-    loaded.generation_config = transformers.GenerationConfig(
+    return tokenizer
+
+
+def greedy(own: transformers.GenerationConfig, *, tokenizer: Any) -> transformers.GenerationConfig:
+    """Return a checkpoint's settings for greedy decoding.
+
+    They are replaced whole: its sampling settings (temperature, repetition penalty) fill what a call leaves open.
+    """
+    return transformers.GenerationConfig(
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return ChatModel(model=loaded.to(device).eval(), processor=processor)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
@@ -129,15 +142,13 @@ def generate_answers(chat: ChatModel, *, samples: Sequence[Sample], settings: Ev
     """Answer the last question of each sample greedily; return the answers by sample id, in the samples' order."""
     answers: dict[str, str] = {}
     tokenizer = tokenizer_of(chat.processor)
-    # answers of like length together: a batch runs until its longest answer ends
-    ordered = sorted(samples, key=lambda sample: (len(reference_answer(sample)), sample.sample_id))
+    ordered = by_answer_length(samples)
     with progress(total=len(samples), unit="sample", description="answer") as bar:
-        for batch in _batches(ordered, size=settings.batch_size):
-            inputs = _prompt_inputs(chat, batch)
+        for batch in batches_of(ordered, size=settings.batch_size):
+            inputs = to_device(prompt_inputs(chat.processor, batch), chat.model.device)
             tokens = chat.model.generate(**inputs, max_new_tokens=settings.max_new_tokens)  # type: ignore[operator]
-            new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
-            texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-            answers |= {sample.sample_id: text.strip() for sample, text in zip(batch, texts, strict=True)}
+            texts = answer_texts(tokenizer, tokens, prompt_length=inputs["input_ids"].shape[1])
+            answers |= {sample.sample_id: text for sample, text in zip(batch, texts, strict=True)}
             bar.update(len(batch))
     return {sample.sample_id: answers[sample.sample_id] for sample in samples}
 
@@ -152,27 +163,20 @@ def bits_per_byte(
         SampleError: A sample does not fit in ``max_length`` tokens of this model.
     """
     total_nats, total_bytes = 0.0, 0
-    ordered = sorted(samples, key=lambda sample: (len(render_prompt(chat.processor, sample)), sample.sample_id))
+    ordered = by_prompt_length(samples, processor=chat.processor)
     with progress(total=len(samples), unit="sample", description="bits per byte") as bar:
-        for batch in _batches(ordered, size=settings.batch_size):
+        for batch in batches_of(ordered, size=settings.batch_size):
             encoded = [encode_conversation(chat.processor, sample, max_length=max_length) for sample in batch]
             total_nats += _answer_nats(chat, encoded)
             total_bytes += sum(conversation.answer_bytes for conversation in encoded)
             bar.update(len(batch))
-    return total_nats / math.log(2) / total_bytes
+    return bits_per_byte_of(total_nats, num_bytes=total_bytes)
 
 
 def _answer_nats(chat: ChatModel, conversations: Sequence[EncodedConversation]) -> float:
     """Return the summed cross-entropy of all answer tokens, in nats."""
     joined = [JoinedSample(encoded=conversation, targets=None) for conversation in conversations]
-    batch = collate(
-        joined,
-        with_answers=True,
-        with_recalibrator=False,
-        with_regularization=False,
-        include_boundary_row=True,
-    )
-    student = to_device(batch.student, chat.model.device)
+    student = to_device(answer_batch(joined).student, chat.model.device)
     width = student.input_ids.shape[1]
     # the head runs only at positions where some sample of the batch has an answer
     kept, kept_index = (student.predicting_rows % width).unique(return_inverse=True)
@@ -187,11 +191,22 @@ def _answer_nats(chat: ChatModel, conversations: Sequence[EncodedConversation]) 
     return float(torch.nn.functional.cross_entropy(rows, student.labels, reduction="none").double().sum())
 
 
-def _prompt_inputs(chat: ChatModel, samples: Sequence[Sample]) -> dict[str, Tensor]:
+def answer_batch(samples: Sequence[JoinedSample]) -> Batch:
+    """Return the batch in which a model's own answers are predicted."""
+    return collate(
+        samples,
+        with_answers=True,
+        with_recalibrator=False,
+        with_regularization=False,
+        include_boundary_row=True,
+    )
+
+
+def prompt_inputs(processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Encode prompts for generation: padded on the left, so that every row goes on at the same position."""
-    texts = [render_prompt(chat.processor, sample) for sample in samples]
+    texts = [render_prompt(processor, sample) for sample in samples]
     images = [decode_image(image, sample_id=sample.sample_id) for sample in samples for image in sample.images]
-    encoded = chat.processor(
+    encoded = processor(
         text=texts,
         **({"images": images} if images else {}),
         add_special_tokens=False,
@@ -199,8 +214,24 @@ def _prompt_inputs(chat: ChatModel, samples: Sequence[Sample]) -> dict[str, Tens
         padding_side="left",
         return_tensors="pt",
     )
-    return {key: value.to(chat.model.device) for key, value in encoded.items()}
+    return dict(encoded)
 
 
-def _batches(items: Sequence[Item], *, size: int) -> Iterator[Sequence[Item]]:
+def answer_texts(tokenizer: Any, tokens: Int[Tensor, "batch tokens"], *, prompt_length: int) -> list[str]:
+    """Return what was generated behind prompts of one length, as text."""
+    return [text.strip() for text in tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)]
+
+
+def by_answer_length(samples: Sequence[Sample]) -> list[Sample]:
+    """Put answers of like length together: a batch generates until its longest answer ends."""
+    return sorted(samples, key=lambda sample: (len(reference_answer(sample)), sample.sample_id))
+
+
+def by_prompt_length(samples: Sequence[Sample], *, processor: Processor) -> list[Sample]:
+    """Put prompts of like length together: a batch is padded to its longest."""
+    return sorted(samples, key=lambda sample: (len(render_prompt(processor, sample)), sample.sample_id))
+
+
+def batches_of(items: Sequence[Item], *, size: int) -> Iterator[Sequence[Item]]:
+    """Cut a sequence into batches."""
     return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,5 +1,6 @@
 """Score answers and keep the result of one evaluation. Imports neither torch nor transformers."""
 
+import math
 import os
 import re
 import unicodedata
@@ -99,6 +100,11 @@ def agreement(answers: Mapping[str, str], *, teacher_answers: Mapping[str, str])
             f"the teacher's answers lack {len(missing)} sample(s), such as {missing[0]}: evaluate it on the same data"
         )
     return fmean(normalize_answer(text) == normalize_answer(teacher_answers[key]) for key, text in answers.items())
+
+
+def bits_per_byte_of(nats: float, *, num_bytes: int) -> float:
+    """Return the bits per byte that nats over so many UTF-8 bytes of answer text are."""
+    return nats / math.log(2) / num_bytes
 
 
 def accuracy_by_family(rows: Sequence[SampleRow], *, scores: Mapping[str, float]) -> dict[str, float]:

@@ -70,16 +70,17 @@ class _Lines:
     def show(self) -> None:
         self.shown = time.monotonic()
         elapsed = self.shown - self.started
-        parts = [f"{self.done}/{self.total} {self.unit}s", f"{_clock(elapsed)} elapsed"]
+        parts = [f"{self.done}/{self.total} {self.unit}s", f"{clock_text(elapsed)} elapsed"]
         if self.done > self.initial and elapsed > 0:
             parts.append(f"{(self.done - self.initial) / elapsed:.3g} {self.unit}s/s")
         if self.initial < self.done < self.total:
-            parts.append(f"{_clock(elapsed * (self.total - self.done) / (self.done - self.initial))} left")
+            parts.append(f"{clock_text(elapsed * (self.total - self.done) / (self.done - self.initial))} left")
         parts += [f"{name} {value}" for name, value in self.postfix.items()]
         logger.info("%s: %s", self.description, ", ".join(parts))
 
 
-def _clock(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
+    """Return a duration as people read it: 0:07, 12:30, 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
