@@ -81,6 +81,8 @@ class Batch:
 
     sample_ids: tuple[str, ...]
     """Without fillers."""
+    num_tokens: int
+    """Student tokens, without padding and fillers."""
     student: StudentBatch
     sample_of_question_row: Int[Tensor, " question_rows"]
     main: RecalibratedPass | None = None
@@ -111,6 +113,7 @@ def collate(
     include_boundary_row: bool,
     student_answer_fraction: float = 0.0,
     logit_needs: LogitNeeds | None = None,
+    regularization_only: Sequence[JoinedSample] = (),
 ) -> Batch:
     """Build one micro-batch.
 
@@ -122,10 +125,12 @@ def collate(
         include_boundary_row: Supervise the row that predicts the first answer token of a turn (A7).
         student_answer_fraction: Share of each answer whose rows come from the student in the main pass.
         logit_needs: What to pack of the teacher's predictions for the student's own rows.
+        regularization_only: Fillers of which the regularization pass alone takes the rows.
     """
     questions = [len(question_positions(sample.encoded.spans)) for sample in samples]
     batch = Batch(
         sample_ids=tuple(sample.encoded.sample_id for sample in samples if sample.weight),
+        num_tokens=sum(student_tokens(s, with_answers=with_answers) for s in samples if s.weight),
         student=_student_batch(samples, with_answers=with_answers),
         sample_of_question_row=torch.arange(len(samples)).repeat_interleave(torch.tensor(questions)),
         logit_targets=None if logit_needs is None else _logit_targets(samples, logit_needs),
@@ -133,6 +138,7 @@ def collate(
     if not with_recalibrator:
         return batch
     turns = [joint_turns(s.encoded.spans, answer_spans=_targets(s).spans) for s in samples]
+    having = [s for s in [*samples, *regularization_only] if _targets(s).question_hidden_states is not None]
     main = _recalibrated_pass(
         samples, plan=plan_joint_sequence(turns), question_rows=None, include_boundary_row=include_boundary_row
     )
@@ -145,7 +151,7 @@ def collate(
         batch,
         main=main,
         sample_of_answer_token=torch.arange(len(samples)).repeat_interleave(lengths),
-        regularization=_regularization_pass(samples, include_boundary_row) if with_regularization else None,
+        regularization=_regularization_pass(having, include_boundary_row) if with_regularization else None,
         shuffled=shuffled,
     )
 
@@ -155,13 +161,18 @@ def answer_lengths(spans: Sequence[Span]) -> list[int]:
     return [stop - start for start, stop in spans]
 
 
+def student_tokens(sample: JoinedSample, *, with_answers: bool) -> int:
+    """Return how many tokens of a sample the student reads; without its answers it stops before the last one."""
+    return len(sample.encoded.token_ids) if with_answers else sample.encoded.spans[-1].start
+
+
 def _targets(sample: JoinedSample) -> TeacherTargets:
     assert sample.targets is not None
     return sample.targets
 
 
 def _student_batch(samples: Sequence[JoinedSample], *, with_answers: bool) -> StudentBatch:
-    lengths = [len(s.encoded.token_ids) if with_answers else s.encoded.spans[-1].start for s in samples]
+    lengths = [student_tokens(sample, with_answers=with_answers) for sample in samples]
     width = max(lengths)
     ids = [torch.from_numpy(s.encoded.token_ids[:n]).long() for s, n in zip(samples, lengths, strict=True)]
     input_ids = torch.stack([_pad_with_last(row, width) for row in ids])
@@ -238,16 +249,15 @@ def _supervised(
 
 
 def _regularization_pass(samples: Sequence[JoinedSample], include_boundary_row: bool) -> RecalibratedPass:
-    having = [s for s in samples if _targets(s).question_hidden_states is not None]
     rows, turns = [], []
-    for sample in having:
+    for sample in samples:
         targets = _targets(sample)
         assert targets.question_hidden_states is not None
         both = torch.cat([targets.hidden_states, targets.question_hidden_states])
         rows.append(both[teacher_question_index(targets.spans)])
         turns.append(joint_turns(targets.spans, answer_spans=targets.spans))
     return _recalibrated_pass(
-        having,
+        samples,
         plan=plan_joint_sequence(turns),
         question_rows=torch.cat(rows),
         include_boundary_row=include_boundary_row,

@@ -1,112 +1,50 @@
-"""Join cache rows with the student's own tokenisation, in an order that only the seed and the step decide."""
+"""Join cache rows with the student's own tokenisation, sample by sample or a process's share of a step at once."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from distill.batch import Batch, JoinedSample, answer_lengths, collate
-from distill.config import STAGES, Stage, StudentConfig
+from distill.batch import Batch, JoinedSample, answer_lengths, collate, student_tokens
+from distill.encoder import SampleReader, StudentEncoder
 from distill.live import TargetSource
+from distill.order import split
 from distill.stage_spec import StageSpec
-from teacher_cache.chat import encode_conversation
-from teacher_cache.errors import CacheMismatch, ConfigError, DataError, SampleError
+from teacher_cache.errors import CacheMismatch, ConfigError
+from teacher_cache.sample_file import SampleEntry, SampleTable
 from teacher_cache.samples import SampleSet
-from teacher_cache.schema import EncodedConversation, Sample, TeacherTargets
+from teacher_cache.schema import EncodedConversation, Sample, SkippedSample, TeacherTargets
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOrder:
-    """Which samples form which global batch: a pure function of the seed, the stage and the step.
+class Joined:
+    """Samples as both sides see them, and those that the student cannot use."""
 
-    Every epoch has its own permutation. Its last ``num_samples % global_batch_size`` samples are dropped; with
-    another permutation in the next epoch, they are other samples then.
-    """
-
-    num_samples: int
-    global_batch_size: int
-    seed: int
-    stage: Stage
-
-    def __post_init__(self) -> None:
-        if self.num_samples < self.global_batch_size:
-            raise ConfigError(
-                f"stage {self.stage} has {self.num_samples} samples, fewer than its global_batch_size of "
-                f"{self.global_batch_size}: lower it or bring more data"
-            )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches in one epoch."""
-        return self.num_samples // self.global_batch_size
-
-    def epoch(self, epoch: int) -> Int[np.ndarray, " num_samples"]:
-        """Return the permutation of one epoch."""
-        return np.random.default_rng([self.seed, STAGES.index(self.stage), epoch]).permutation(self.num_samples)
-
-    def step(self, step: int) -> Int[np.ndarray, " global_batch_size"]:
-        """Return the sample indices of one global batch, in order."""
-        epoch, start = divmod(step, self.steps_per_epoch)
-        return self.epoch(epoch)[start * self.global_batch_size :][: self.global_batch_size]
+    samples: list[JoinedSample]
+    skipped: tuple[SkippedSample, ...]
 
 
-def rank_share(
-    indices: Int[np.ndarray, " global_batch_size"], *, rank: int, world_size: int, micro_batch_size: int
-) -> list[Int[np.ndarray, " micro_batch_size"]]:
-    """Return one process's micro-batches: every process gets as many, and together they are the global batch."""
-    return list(indices.reshape(-1, world_size, micro_batch_size)[:, rank])
+@dataclass(frozen=True, kw_only=True)
+class RankBatch:
+    """One process's part of a global batch, as micro-batches."""
+
+    micro_batches: tuple[Batch, ...]
+    skipped: tuple[SkippedSample, ...]
+    """Bad samples that were left out."""
 
 
-class StudentEncoder:
-    """The student's tokenisation of samples, kept in memory up to a size, and the count of bad ones."""
+@dataclass(frozen=True, kw_only=True)
+class Fillers:
+    """Weightless samples for what every micro-batch of every process must call."""
 
-    def __init__(self, processor: Any, *, config: StudentConfig, memory_mib: int) -> None:
-        self._processor = processor
-        self._config = config
-        self._memory_bytes = memory_mib * 2**20
-        self._encoded: dict[str, EncodedConversation] = {}
-        self._bad: dict[str, SampleError] = {}
-
-    def encode(self, sample: Sample) -> EncodedConversation | None:
-        """Return a sample as the student sees it, or None for a bad sample that the config allows to leave out.
-
-        Raises:
-            DataError: More samples are bad than ``max_skipped_samples``.
-        """
-        if sample.sample_id in self._bad:
-            return None
-        if sample.sample_id not in self._encoded:
-            return self._encode_new(sample)
-        return self._encoded[sample.sample_id]
-
-    @property
-    def num_skipped(self) -> int:
-        """Bad samples met so far."""
-        return len(self._bad)
-
-    def _encode_new(self, sample: Sample) -> EncodedConversation | None:
-        try:
-            encoded = encode_conversation(self._processor, sample, max_length=self._config.max_length)
-        except SampleError as error:
-            self._bad[sample.sample_id] = error
-            if len(self._bad) > self._config.max_skipped_samples:
-                raise DataError(
-                    f"student {self._config.name}: {len(self._bad)} bad samples where max_skipped_samples allows "
-                    f"{self._config.max_skipped_samples}; the last is {sample.sample_id}: {error}"
-                ) from error
-            return None
-        encoded = replace(encoded, images=())
-        size = sum(tensor.nbytes for tensor in encoded.model_inputs.values()) + encoded.token_ids.nbytes
-        if size <= self._memory_bytes:
-            self._memory_bytes -= size
-            self._encoded[sample.sample_id] = encoded
-        return encoded
+    content: JoinedSample
+    """With an image where any sample has one."""
+    questions: JoinedSample | None
+    """With the teacher's question rows; None where the stage has no regularization pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,33 +52,69 @@ class JoinedData:
     """The cached samples of one stage, joined on demand."""
 
     cache: TargetSource
-    samples: Mapping[str, Sample]
-    sample_ids: tuple[str, ...]
+    samples: Sequence[Sample | SampleEntry]
+    reader: SampleReader | None
+    """Reads the samples that are entries."""
+    lengths: Int[np.ndarray, " samples"]
+    """Teacher tokens of each sample, known without tokenising."""
     encoder: StudentEncoder
     spec: StageSpec
+    fillers: Fillers | None = None
 
-    def load(self, indices: Sequence[int]) -> list[JoinedSample]:
-        """Join samples by index, bad ones left out.
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        """Ids of the samples, in data order."""
+        return tuple(sample.sample_id for sample in self.samples)
+
+    def join(self, samples: Sequence[Sample | SampleEntry]) -> Joined:
+        """Join samples, bad ones set apart.
 
         Raises:
             CacheMismatch: The student sees another number of answers than the teacher, or other tokens in kd.
         """
-        ids = [self.sample_ids[index] for index in indices]
-        encoded = [encoding for id_ in ids if (encoding := self.encoder.encode(self.samples[id_])) is not None]
+        known = self._with_content(samples)
+        outcomes = [self.encoder.encode(known.get(sample.sample_id, sample)) for sample in samples]
+        encoded = [outcome for outcome in outcomes if isinstance(outcome, EncodedConversation)]
+        skipped = tuple(outcome for outcome in outcomes if isinstance(outcome, SkippedSample))
         if not self.spec.needs_teacher:
-            return [JoinedSample(encoded=encoding, targets=None) for encoding in encoded]
-        targets = self.cache.read([encoding.sample_id for encoding in encoded], tiers=self.spec.tiers)
+            return Joined(samples=[JoinedSample(encoded=one, targets=None) for one in encoded], skipped=skipped)
+        targets = self.cache.read([one.sample_id for one in encoded], tiers=self.spec.tiers)
         for encoding, target in zip(encoded, targets, strict=True):
             check_turns(encoding, target, same_tokens=self.spec.same_tokens)
-        return [JoinedSample(encoded=e, targets=t) for e, t in zip(encoded, targets, strict=True)]
+        pairs = zip(encoded, targets, strict=True)
+        return Joined(samples=[JoinedSample(encoded=one, targets=target) for one, target in pairs], skipped=skipped)
+
+    def load(self, indices: Sequence[int]) -> list[JoinedSample]:
+        """Join samples by index, bad ones left out."""
+        return self.join([self.samples[index] for index in indices]).samples
+
+    def rank_batch(
+        self, samples: Sequence[Sample | SampleEntry], *, micro_batch_size: int, micro_batch_tokens: int | None
+    ) -> RankBatch:
+        """Join samples and cut them into micro-batches, longest first; one that is too long alone is alone."""
+        joined = self.join(samples)
+        longest_first = sorted(joined.samples, key=self._student_tokens, reverse=True)
+
+        def fits(start: int, stop: int) -> bool:
+            if micro_batch_tokens is None:
+                return True
+            rows = [*longest_first[start:stop], *self._missing(longest_first[start:stop])]
+            return len(rows) * max(map(self._student_tokens, rows)) <= micro_batch_tokens
+
+        ranges = split(len(longest_first), most_samples=micro_batch_size, fits=fits)
+        micro_batches = tuple(self._filled([longest_first[index] for index in part]) for part in ranges)
+        return RankBatch(micro_batches=micro_batches, skipped=joined.skipped)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Join and collate one micro-batch, with fillers for what every process must call."""
-        joined = self.load(indices)
-        return self.collate([*joined, *(filler for needed, filler in self.fillers if not any(map(needed, joined)))])
+        return self._filled(self.load(indices))
 
-    def collate(self, joined: Sequence[JoinedSample]) -> Batch:
-        """Build one micro-batch as the stage takes it."""
+    def filler_batch(self) -> Batch:
+        """Return a micro-batch that weighs nothing."""
+        return self._filled([])
+
+    def collate(self, joined: Sequence[JoinedSample], *, questions: Sequence[JoinedSample] = ()) -> Batch:
+        """Build one micro-batch as the stage takes it; ``questions`` take part in the regularization pass alone."""
         return collate(
             joined,
             with_answers=self.spec.reads_answers,
@@ -149,45 +123,64 @@ class JoinedData:
             include_boundary_row=self.spec.include_boundary_row,
             student_answer_fraction=self.spec.student_answer_fraction,
             logit_needs=self.spec.logit_needs,
+            regularization_only=questions,
         )
 
-    @cached_property
-    def has_images(self) -> bool:
-        """Whether any sample brings an image."""
-        return any(self.samples[id_].images for id_ in self.sample_ids)
+    def _with_content(self, samples: Sequence[Sample | SampleEntry]) -> dict[str, Sample]:
+        wanted = [one for one in samples if isinstance(one, SampleEntry) and one.sample_id not in self.encoder]
+        if not wanted:
+            return {}
+        assert self.reader is not None
+        return {sample.sample_id: sample for sample in self.reader.read(wanted)}
 
-    @cached_property
-    def fillers(self) -> list[tuple[Callable[[JoinedSample], bool], JoinedSample]]:
-        """Properties that each micro-batch needs (content, an image, tier Q), each with a weightless sample for it."""
-        needs: list[Callable[[JoinedSample], bool]] = [lambda _: True]
-        if self.has_images:
-            needs.append(lambda sample: bool(sample.encoded.model_inputs))
-        if self.spec.regularization_weight > 0:
-            needs.append(
-                lambda sample: sample.targets is not None and sample.targets.question_hidden_states is not None
-            )
-        return [(need, self._first(need)) for need in needs]
+    def _student_tokens(self, sample: JoinedSample) -> int:
+        return student_tokens(sample, with_answers=self.spec.reads_answers)
 
-    def _first(self, need: Callable[[JoinedSample], bool]) -> JoinedSample:
-        for index in range(len(self.sample_ids)):
-            for sample in self.load([index]):
-                if need(sample):
-                    return replace(sample, weight=0.0)
-        raise ConfigError(
-            "no cached sample has the teacher's question rows (tier Q) that regularization_weight > 0 needs: "
-            "rebuild the cache with targets.question_fraction > 0, or set regularization_weight to 0"
+    def _missing(self, joined: Sequence[JoinedSample]) -> list[JoinedSample]:
+        """Return the filler that a micro-batch needs beside its samples, if any."""
+        assert self.fillers is not None
+        with_images = bool(self.fillers.content.encoded.model_inputs)
+        complete = any(sample.encoded.model_inputs for sample in joined) if with_images else bool(joined)
+        return [] if complete else [self.fillers.content]
+
+    def _filled(self, joined: Sequence[JoinedSample]) -> Batch:
+        assert self.fillers is not None
+        questions = self.fillers.questions
+        lacks_questions = questions is not None and not any(map(has_question_rows, joined))
+        return self.collate(
+            [*joined, *self._missing(joined)], questions=[questions] if questions and lacks_questions else []
         )
+
+
+def has_question_rows(sample: JoinedSample) -> bool:
+    """Return whether the teacher's question rows (tier Q) of a sample are at hand."""
+    return sample.targets is not None and sample.targets.question_hidden_states is not None
 
 
 def join_cache(
-    cache: TargetSource, data: SampleSet, *, encoder: StudentEncoder, spec: StageSpec, max_samples: int | None
+    cache: TargetSource,
+    data: SampleSet | SampleTable,
+    *,
+    encoder: StudentEncoder,
+    spec: StageSpec,
+    max_samples: int | None,
+    reader: SampleReader | None = None,
 ) -> JoinedData:
     """Join a cache with the data file it was built from, or with a part of it.
 
+    Args:
+        cache: Where the teacher's targets come from.
+        data: The samples, or the entries that ``reader`` reads.
+        encoder: The student's tokenisation.
+        spec: The stage.
+        max_samples: Use only the first so many cached samples.
+        reader: Reads the data file, where its samples are not in memory.
+
     Raises:
         CacheMismatch: A cached sample has other content in the data, or a sample is not cached.
+        ConfigError: No sample can be used, or none has the question rows that the stage needs.
     """
-    samples = {sample.sample_id: sample for sample in data.samples}
+    samples: dict[str, Sample | SampleEntry] = {sample.sample_id: sample for sample in data.samples}
     cached = [sample_id for sample_id in cache.sample_ids if sample_id in samples]
     for sample_id in cached:
         if cache.sample_digest(sample_id) != samples[sample_id].digest:
@@ -201,10 +194,48 @@ def join_cache(
         raise CacheMismatch(
             f"{len(uncached)} samples are not in the cache, first {uncached[0]}: build the cache for them"
         )
-    sample_ids = tuple(cached[:max_samples])
-    if len(sample_ids) < len(cache):
-        logger.info("training on %d of the %d cached samples", len(sample_ids), len(cache))
-    return JoinedData(cache=cache, samples=samples, sample_ids=sample_ids, encoder=encoder, spec=spec)
+    chosen = cached[:max_samples]
+    if len(chosen) < len(cache):
+        logger.info("training on %d of the %d cached samples", len(chosen), len(cache))
+    joined = JoinedData(
+        cache=cache,
+        samples=tuple(samples[sample_id] for sample_id in chosen),
+        reader=reader,
+        lengths=np.array([cache.num_tokens(sample_id) for sample_id in chosen], dtype=np.int64),
+        encoder=encoder,
+        spec=spec,
+    )
+    return replace(joined, fillers=_find_fillers(joined))
+
+
+def _find_fillers(data: JoinedData) -> Fillers:
+    shortest_first = [data.samples[index] for index in np.argsort(data.lengths, kind="stable")]
+    with_images = [sample for sample in shortest_first if sample.has_images]
+    content = _first(data, with_images) or _first(data, shortest_first)
+    if content is None:
+        raise ConfigError(
+            f"the student can use none of the {len(data.samples)} samples: raise its max_length or look at the data"
+        )
+    if data.spec.regularization_weight == 0:
+        return Fillers(content=content, questions=None)
+    questions = _first(data, shortest_first, need=has_question_rows)
+    if questions is None:
+        raise ConfigError(
+            "no cached sample has the teacher's question rows (tier Q) that regularization_weight > 0 needs: "
+            "rebuild the cache with targets.question_fraction > 0, or set regularization_weight to 0"
+        )
+    return Fillers(content=content, questions=questions)
+
+
+def _first(
+    data: JoinedData,
+    samples: Sequence[Sample | SampleEntry],
+    *,
+    need: Callable[[JoinedSample], bool] = lambda _: True,
+) -> JoinedSample | None:
+    """Return the first usable sample that has what is needed, weightless."""
+    joined = (one for sample in samples for one in data.join([sample]).samples)
+    return next((replace(one, weight=0.0) for one in joined if need(one)), None)
 
 
 def check_turns(encoded: EncodedConversation, targets: TeacherTargets, *, same_tokens: bool) -> None:
@@ -240,12 +271,3 @@ def check_turns(encoded: EncodedConversation, targets: TeacherTargets, *, same_t
             f"{answer_lengths(encoded.spans)} student and {answer_lengths(targets.spans)} teacher tokens; use uld or "
             "genrecal"
         )
-
-
-def global_batches(
-    data: JoinedData, *, order: SampleOrder, micro_batch_size: int, rank: int, world_size: int, start: int, stop: int
-) -> Iterator[list[Batch]]:
-    """Yield one process's micro-batches per optimizer step."""
-    for step in range(start, stop):
-        share = rank_share(order.step(step), rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
-        yield [data.batch(indices.tolist()) for indices in share]

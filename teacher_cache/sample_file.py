@@ -25,6 +25,7 @@ class SampleEntry:
     """SHA-256 (hex) of its content."""
     place: int
     """Number of its row in a Parquet file, byte offset of its line in a JSON-lines file."""
+    has_images: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,24 +44,29 @@ def scan_samples(config: DataConfig) -> SampleTable:
     """
     skipped: list[SkippedSample] = []
     samples = tuple(
-        SampleEntry(sample_id=sample.sample_id, digest=sample.digest, place=place)
+        SampleEntry(sample_id=sample.sample_id, digest=sample.digest, place=place, has_images=bool(sample.images))
         for place, sample in usable_rows(config, skipped=skipped)
     )
     return SampleTable(samples=samples, skipped=tuple(skipped))
 
 
 class SampleFile:
-    """Reads samples by their entries. Holds one row group of a Parquet file: read entries in file order."""
+    """Reads samples by their entries. Holds row groups of a Parquet file, at least one: read entries in file order."""
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, *, held_bytes: int = 0) -> None:
         """Open the data file of a configuration.
+
+        Args:
+            config: The data file.
+            held_bytes: Hold the row groups that were read last up to this size, for whoever reads in another order.
 
         Raises:
             DataError: It cannot be opened.
         """
         self._path = Path(config.path)
         self._image_root = image_folder(config)
-        self._group: tuple[int, Any] | None = None
+        self._held_bytes = held_bytes
+        self._groups: dict[int, Any] = {}
         try:
             if self._path.suffix == ".parquet":
                 self._file: Any = pyarrow.parquet.ParquetFile(self._path)
@@ -114,9 +120,13 @@ class SampleFile:
 
     def _parquet_row(self, row: int) -> Any:
         group = bisect.bisect_right(self._first_rows, row) - 1
-        if self._group is None or self._group[0] != group:
-            self._group = (group, self._file.read_row_group(group, columns=self._columns))
-        return self._group[1].slice(row - self._first_rows[group], 1).to_pylist()[0]
+        table = self._groups.pop(group, None)
+        if table is None:
+            table = self._file.read_row_group(group, columns=self._columns)
+        self._groups[group] = table
+        while len(self._groups) > 1 and sum(held.nbytes for held in self._groups.values()) > self._held_bytes:
+            del self._groups[next(iter(self._groups))]
+        return table.slice(row - self._first_rows[group], 1).to_pylist()[0]
 
     def _sample(self, entry: SampleEntry, row: Any) -> Sample:
         try:

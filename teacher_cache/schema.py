@@ -95,6 +95,11 @@ class Sample:
     tools: str = ""
     """JSON list with the schemas of the tools that the assistant may call; empty where there are none."""
 
+    @property
+    def has_images(self) -> bool:
+        """Whether any image belongs to it."""
+        return bool(self.images)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedConversation:

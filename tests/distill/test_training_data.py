@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from distill.batch import Batch, collate
 from distill.config import StudentConfig, TrainConfig
-from distill.data import JoinedData, SampleOrder, StudentEncoder, check_turns, join_cache, rank_share
+from distill.data import JoinedData, check_turns, join_cache
+from distill.encoder import StudentEncoder
 from distill.stage_spec import stage_spec
 from teacher_cache import open_cache
 from teacher_cache.chat import load_processor
@@ -35,51 +34,6 @@ def join(
     spec = stage_spec(stage, method=method, train=TrainConfig(), has_images=True)
     encoder = StudentEncoder(load_processor(str(student)), config=student_config, memory_mib=1)
     return join_cache(open_cache(cache.uri), read_samples(cache.data), encoder=encoder, spec=spec, max_samples=None)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    world_size=st.sampled_from([1, 2, 4]),
-    micro_batch_size=st.sampled_from([1, 2, 3]),
-    accumulation=st.integers(1, 3),
-    spare=st.integers(0, 7),
-    step=st.integers(0, 40),
-)
-def test_global_batch_is_the_same_for_every_split(
-    world_size: int, micro_batch_size: int, accumulation: int, spare: int, step: int
-) -> None:
-    size = 24 * accumulation
-    order = SampleOrder(num_samples=size * 3 + spare, global_batch_size=size, seed=7, stage="align")
-    whole = order.step(step)
-    shares = [
-        rank_share(whole, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
-        for rank in range(world_size)
-    ]
-    assert len({len(share) for share in shares}) == 1
-    interleaved = np.stack([np.stack(share) for share in shares], axis=1)
-    assert interleaved.reshape(-1).tolist() == whole.tolist()
-
-
-def test_an_epoch_sees_every_sample_once_but_the_dropped_rest() -> None:
-    order = SampleOrder(num_samples=11, global_batch_size=3, seed=0, stage="distill")
-    assert order.steps_per_epoch == 3
-    first = np.concatenate([order.step(step) for step in range(3)])
-    second = np.concatenate([order.step(step) for step in range(3, 6)])
-    assert len(set(first.tolist())) == len(set(second.tolist())) == 9
-    assert first.tolist() != second.tolist()
-
-
-def test_seed_and_stage_change_the_order() -> None:
-    def batch(seed: int, stage: str) -> list[int]:
-        return SampleOrder(num_samples=50, global_batch_size=50, seed=seed, stage=stage).step(0).tolist()
-
-    assert batch(0, "align") == batch(0, "align")
-    assert len({tuple(batch(0, "align")), tuple(batch(1, "align")), tuple(batch(0, "distill"))}) == 3
-
-
-def test_fewer_samples_than_a_batch_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="global_batch_size"):
-        SampleOrder(num_samples=3, global_batch_size=4, seed=0, stage="align")
 
 
 @pytest.mark.parametrize("family", ["tiny_qwen2_vl", "tiny_internvl", "tiny_llava"])
@@ -171,13 +125,18 @@ def rejoin(cache: CacheConfig, student: Path, samples: tuple) -> JoinedData:
 
 
 def test_too_long_for_the_student(cache: CacheConfig, tiny_internvl: Path) -> None:
-    lengths = [len(s.encoded.token_ids) for s in join(cache, tiny_internvl).load(range(8))]
+    data = join(cache, tiny_internvl)
+    lengths = [len(s.encoded.token_ids) for s in data.load(range(8))]
     limit = max(lengths) - 1
-    with pytest.raises(DataError, match="max_skipped_samples"):
-        join(cache, tiny_internvl, max_length=limit).load(range(8))
-    lenient = join(cache, tiny_internvl, max_length=limit, max_skipped_samples=8)
-    assert len(lenient.load(range(8))) == sum(length <= limit for length in lengths)
-    assert lenient.encoder.num_skipped == sum(length > limit for length in lengths)
+    joined = join(cache, tiny_internvl, max_length=limit).join(data.samples)
+    too_long = [sample.sample_id for sample, length in zip(data.samples, lengths, strict=True) if length > limit]
+    assert [(bad.sample_id, bad.reason) for bad in joined.skipped] == [(id_, "too-long") for id_ in too_long]
+    assert {s.encoded.sample_id for s in joined.samples} == set(data.sample_ids) - set(too_long)
+
+
+def test_a_student_that_can_use_nothing_is_refused(cache: CacheConfig, tiny_internvl: Path) -> None:
+    with pytest.raises(ConfigError, match="can use none of the 8 samples"):
+        join(cache, tiny_internvl, max_length=2)
 
 
 def test_a_batch_of_bad_samples_only_is_a_weightless_filler(cache: CacheConfig, tiny_internvl: Path) -> None:
@@ -192,8 +151,7 @@ def test_a_batch_of_bad_samples_only_is_a_weightless_filler(cache: CacheConfig, 
 
 def test_other_turn_count_is_a_mismatch(cache: CacheConfig, tiny_llava: Path) -> None:
     data = join(cache, tiny_llava)
-    encoded = data.encoder.encode(data.samples["s002"])
-    assert encoded is not None
+    encoded = data.load([2])[0].encoded
     data.encoder._encoded["s002"] = dataclasses.replace(encoded, spans=encoded.spans[:1])
     with pytest.raises(CacheMismatch, match="s002 has 1 answers"):
         data.load([2])
