@@ -1,7 +1,8 @@
 """Checkpoints that count only once committed: every file synced and digested, then one record.
 
-    checkpoints/step-00000500/          what the backend wrote
-    checkpoints/step-00000500/COMMIT.json    step, identity of the run, digest of every file; written last
+    checkpoints/step-00000500/               what the backend wrote
+    checkpoints/step-00000500/COMMIT.json    step, identity and layout of the run, digest of every file; written last
+    checkpoints/damaged-step-00001000/       a tag that did not verify, put aside
 
 The newest tag whose files still have their digests is resumed. DeepSpeed's own `latest` file is not used: it
 is rewritten in place.
@@ -10,6 +11,7 @@ is rewritten in place.
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from teacher_cache.manifest import identity_differences
 logger = logging.getLogger(__name__)
 
 RECORD = "COMMIT.json"
+ANY_SIZE = "any"
+"""World size of a tag that any number of processes can load."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,49 +35,74 @@ class Checkpoint:
     """One committed checkpoint."""
 
     directory: Path
-    step: int
-    identity: dict[str, Any]
+    record: "Record"
     files: dict[str, FileDigest]
 
+    @property
+    def step(self) -> int:
+        """Steps that were taken."""
+        return self.record.step
 
-def save_checkpoint(
-    engine: Engine, directory: Path, *, step: int, identity: dict[str, Any], processes: Processes, keep: int
-) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is known of a checkpoint beside its files."""
+
+    step: int
+    identity: dict[str, Any]
+    """What decides the training: a run with another one does not resume it."""
+    layout: dict[str, Any]
+    """Backend and world size that wrote it: a run with another one cannot read it."""
+    origin: dict[str, Any]
+    """What an export needs: the untouched student and its element type."""
+    state: dict[str, Any]
+    """State of the loop that is no function of the step."""
+
+
+def save_checkpoint(engine: Engine, directory: Path, *, record: Record, processes: Processes, keep: int) -> None:
     """Write and commit a checkpoint, then delete all but the newest ``keep``. Every process calls this."""
-    tag = directory / f"step-{step:08d}"
+    tag = directory / f"step-{record.step:08d}"
     if processes.rank == 0:
-        remove(tag)
+        discard_tag(tag)
         tag.mkdir(parents=True)
     processes.barrier()
     engine.save(tag)
     processes.barrier()
     if processes.rank == 0:
-        _commit(tag, step=step, identity=identity)
+        commit(tag, record)
         for old in committed_tags(directory)[:-keep]:
-            # the record first: what is half deleted must not look committed
-            remove(old / RECORD)
-            remove(old)
+            discard_tag(old)
     processes.barrier()
 
 
-def find_checkpoint(directory: Path, *, identity: dict[str, Any], processes: Processes) -> Checkpoint | None:
+def find_checkpoint(
+    directory: Path, *, identity: dict[str, Any], layout: dict[str, Any], processes: Processes
+) -> Checkpoint | None:
     """Return the newest checkpoint whose files are all as they were committed, or None when there is none yet.
 
+    Damaged ones are put aside, so that they do not count among those to keep.
+
     Raises:
-        CheckpointError: It belongs to a run with other settings, or every checkpoint is damaged.
+        CheckpointError: It belongs to a run with other settings or another layout, or every checkpoint is damaged.
     """
     tags = committed_tags(directory)
     for tag in reversed(tags):
-        checkpoint = _read(tag)
+        checkpoint = read_checkpoint(tag)
         if checkpoint is not None:
-            require_same_run(stored=checkpoint.identity, asked=identity, where=tag)
+            require_same_run(stored=checkpoint.record.identity, asked=identity, where=tag)
         # every process looks at its share of the files, and all must agree
-        damaged = checkpoint is None or _damaged_files(checkpoint, processes) > 0
+        damaged = checkpoint is None or bool(damaged_files(checkpoint, processes))
         if not processes.sum([float(damaged)])[0]:
+            assert checkpoint is not None
+            require_same_layout(stored=checkpoint.record.layout, asked=layout, where=tag)
+            _put_aside(tags[tags.index(tag) + 1 :], processes)
             return checkpoint
         logger.warning("checkpoint %s is damaged: falling back to the one before it", tag)
     if tags:
-        raise CheckpointError(f"all {len(tags)} checkpoints in {directory} are damaged: delete it to restart the stage")
+        raise CheckpointError(
+            f"all {len(tags)} checkpoints in {directory} are damaged: restore one from a copy, or delete the folder to "
+            "restart the stage"
+        )
     return None
 
 
@@ -85,6 +114,20 @@ def require_same_run(*, stored: dict[str, Any], asked: dict[str, Any], where: Pa
         raise CheckpointError(
             f"{where} comes from a run with other settings:\n{listed}\n"
             "Restore them, or choose another output_dir, or delete the stage's folder to train it anew."
+        )
+
+
+def require_same_layout(*, stored: dict[str, Any], asked: dict[str, Any], where: Path) -> None:
+    """Raise CheckpointError, naming what to do, unless these processes can read what others wrote."""
+    if stored["backend"] != asked["backend"]:
+        raise CheckpointError(
+            f"{where} was written by backend {stored['backend']}, which backend {asked['backend']} cannot read: set "
+            f"train.backend to {stored['backend']}, or delete the stage's folder to train it anew"
+        )
+    if stored["world_size"] not in (asked["world_size"], ANY_SIZE):
+        raise CheckpointError(
+            f"{where} was written by {stored['world_size']} processes, and this run has {asked['world_size']}: make it "
+            f"readable for any number with `genrecal reshard {where.parent.parent}`, then start again"
         )
 
 
@@ -104,24 +147,44 @@ def write_durably(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def _commit(tag: Path, *, step: int, identity: dict[str, Any]) -> None:
+def commit(tag: Path, record: Record) -> None:
+    """Make a tag durable and let it count."""
     digests = {name: [digest.size_bytes, digest.blake3] for name, digest in sync_tree(tag).items()}
     sync_folder(tag.parent)
-    write_durably(tag / RECORD, encode_document({"step": step, "identity": identity, "files": digests}))
+    write_durably(tag / RECORD, encode_document({**vars(record), "files": digests}))
 
 
-def _read(tag: Path) -> Checkpoint | None:
+def discard_tag(tag: Path) -> None:
+    """Delete a tag; the record first and for good: what is half deleted must not look committed."""
+    if (tag / RECORD).exists():
+        remove(tag / RECORD)
+        sync_folder(tag)
+    remove(tag)
+
+
+def read_checkpoint(tag: Path) -> Checkpoint | None:
+    """Return what the record of a tag says; None where it is damaged."""
     try:
         body = json.loads(decode_document((tag / RECORD).read_bytes(), where=str(tag / RECORD)))
-    except CacheCorrupt:
+    except (CacheCorrupt, FileNotFoundError):
         return None
-    files = {name: FileDigest(size_bytes=size, blake3=blake3) for name, (size, blake3) in body["files"].items()}
-    return Checkpoint(directory=tag, step=body["step"], identity=body["identity"], files=files)
+    files = {name: FileDigest(size_bytes=size, blake3=blake3) for name, (size, blake3) in body.pop("files").items()}
+    return Checkpoint(directory=tag, record=Record(**body), files=files)
 
 
-def _damaged_files(checkpoint: Checkpoint, processes: Processes) -> int:
+def damaged_files(checkpoint: Checkpoint, processes: Processes) -> list[str]:
+    """Return which files of this process's share are missing or not as they were committed."""
     mine = sorted(checkpoint.files)[processes.rank :: processes.world_size]
-    return sum(not _intact(checkpoint.directory / name, expected=checkpoint.files[name]) for name in mine)
+    return [name for name in mine if not _intact(checkpoint.directory / name, expected=checkpoint.files[name])]
+
+
+def _put_aside(tags: Sequence[Path], processes: Processes) -> None:
+    if processes.rank == 0:
+        for tag in tags:
+            target = tag.with_name(f"damaged-{tag.name}")
+            remove(target)
+            tag.rename(target)
+    processes.barrier()
 
 
 def _intact(path: Path, *, expected: FileDigest) -> bool:

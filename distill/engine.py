@@ -42,8 +42,16 @@ class Engine(Protocol):
         """Add a micro-batch's gradient."""
         ...
 
+    def gradient_norm(self) -> float:
+        """Return the global norm of the accumulated gradient; not finite where any element is not."""
+        ...
+
     def step(self, *, learning_rate: float) -> float:
         """Update the parameters after the last micro-batch; return the gradient norm before clipping."""
+        ...
+
+    def discard(self) -> None:
+        """Drop the accumulated gradient instead of a step; parameters and optimizer state stay as they are."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -94,6 +102,15 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradient."""
         loss.backward()
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the gradient."""
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def discard(self) -> None:
+        """Drop the gradient."""
+        self._optimizer.zero_grad()
 
     def step(self, *, learning_rate: float) -> float:
         """Update the parameters."""

@@ -1,27 +1,18 @@
 """The optimizer steps of one stage."""
 
 import logging
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import NoReturn
 
-import numpy as np
-import torch
-
-from distill.batch import Batch, to_device
+from distill.batch import Batch
 from distill.checkpoint import find_checkpoint, save_checkpoint
-from distill.config import STAGES, StageConfig, TrainConfig
-from distill.data import JoinedData, SampleOrder, global_batches
-from distill.engine import Engine
+from distill.data import global_batches
+from distill.faults import FaultsFile, FaultState, too_many_skips
 from distill.features import probe_batches, write_features
-from distill.metrics import GapWarning, MetricsFile, console_line, gap_metrics, learning_rate, loss_metrics
-from distill.processes import Processes
-from distill.signals import Signals
-from distill.stages import Counts, ShuffleSums, StageLosses, Totals, batch_counts
-from teacher_cache.errors import GenrecalError
+from distill.metrics import GAP_METRIC, GapWarning, MetricsFile, console_line
+from distill.step import Loop, Outcome, take_step
 from teacher_cache.prefetch import Prefetch
 from teacher_cache.progress import Progress, progress
 
@@ -29,31 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loop:
-    """Everything that one stage's steps need."""
+class Position:
+    """What a checkpoint resumes: the state after the last update that was made.
 
-    engine: Engine
-    data: JoinedData
-    order: SampleOrder
-    config: StageConfig
-    train: TrainConfig
-    max_steps: int
-    identity: dict[str, Any]
-    directory: Path
-    label: str
-    processes: Processes
-    signals: Signals
+    Steps whose update was skipped change nothing, so they are taken again after a resume, under the settings of then.
+    """
 
-
-@dataclass(frozen=True, kw_only=True)
-class Forwarded:
-    """A step's sums over all processes, before the update."""
-
-    counts: Counts
-    totals: dict[str, float]
-    """By the names of `Totals`."""
-    tokens: float
-    stop: bool
+    step: int
+    faults: FaultState
 
 
 def run_steps(loop: Loop) -> None:
@@ -61,8 +35,10 @@ def run_steps(loop: Loop) -> None:
 
     Raises:
         SystemExit: 128 + n after signal n, once a checkpoint is written.
+        GenrecalError: Too many updates in a row could not be made.
     """
-    start = _resume(loop)
+    position = saved = _resume(loop)
+    start, state = position.step, position.faults
     gap_warning = GapWarning(label=loop.label, max_steps=loop.max_steps)
     _announce(loop)
     probe = probe_batches(loop.data, micro_batch_size=loop.config.micro_batch_size)
@@ -71,16 +47,28 @@ def run_steps(loop: Loop) -> None:
     with (
         _batches(loop, start=start) as batches,
         closing(_metrics_file(loop, start=start)) as metrics,
+        closing(_faults_file(loop, start=start)) as faults,
         _progress(loop, start=start) as bar,
     ):
         for step in range(start, loop.max_steps):
-            record, stop = _step(loop, batches, step=step, gap_warning=gap_warning)
-            metrics.write(record)
-            if (step + 1) % loop.train.log_interval_steps == 0 or step + 1 == loop.max_steps:
-                _log(loop, record)
+            _expect(loop, f"step {step + 1}", is_slow=step == start)
+            outcome = take_step(loop, batches, step=step, state=state)
+            if outcome is None:
+                _save(loop, position, saved=saved)
+                _stop(loop, step=step)
+            state = outcome.state
+            metrics.write(outcome.record)
+            _report(loop, outcome, gap_warning=gap_warning)
             if bar is not None:
-                bar.update(1, loss=f"{record['train/loss']:.4f}")
-            _save(loop, step=step + 1, stop=stop)
+                bar.update(1, **_short(outcome.record))
+            if outcome.fault is None:
+                position = Position(step=step + 1, faults=state)
+            else:
+                faults.write(outcome.fault)
+                _stop_if_hopeless(loop, outcome, position=position, saved=saved)
+            if (step + 1) % loop.train.save_interval_steps == 0 and step + 1 < loop.max_steps:
+                saved = _save(loop, position, saved=saved)
+    _expect(loop, "the end of the stage", is_slow=True)
     write_features(loop.engine, probe, loop.directory / "features_last.safetensors", processes=loop.processes)
 
 
@@ -109,13 +97,24 @@ def _progress(loop: Loop, *, start: int) -> AbstractContextManager[Progress | No
     return progress(total=loop.max_steps, initial=start, unit="step", description=loop.label)
 
 
-def _resume(loop: Loop) -> int:
-    checkpoint = find_checkpoint(loop.directory / "checkpoints", identity=loop.identity, processes=loop.processes)
+def _expect(loop: Loop, what: str, *, is_slow: bool) -> None:
+    train = loop.train
+    loop.watchdog.expect(f"{loop.label}: {what}", within_s=train.slow_timeout_s if is_slow else train.hang_timeout_s)
+
+
+def _resume(loop: Loop) -> Position:
+    _expect(loop, "the resume", is_slow=True)
+    checkpoint = find_checkpoint(
+        loop.directory / "checkpoints",
+        identity=loop.record.identity,
+        layout=loop.record.layout,
+        processes=loop.processes,
+    )
     if checkpoint is None:
-        return 0
+        return Position(step=0, faults=FaultState())
     loop.engine.load(checkpoint.directory)
     logger.info("%s resumes after step %d", loop.label, checkpoint.step)
-    return checkpoint.step
+    return Position(step=checkpoint.step, faults=FaultState.from_json(checkpoint.record.state["faults"]))
 
 
 def _batches(loop: Loop, *, start: int) -> Prefetch[list[Batch]]:
@@ -137,113 +136,50 @@ def _metrics_file(loop: Loop, *, start: int) -> MetricsFile:
     return MetricsFile(path, start_step=start)
 
 
-def _step(
-    loop: Loop, batches: Iterator[list[Batch]], *, step: int, gap_warning: GapWarning
-) -> tuple[dict[str, float], bool]:
-    """Take one step; return its metrics, and whether a signal asks to stop."""
-    began = time.perf_counter()
-    micro_batches = [to_device(batch, loop.processes.device) for batch in next(batches)]
-    waited = time.perf_counter() - began
-    forwarded = _accumulate(loop, micro_batches, step=step)
-    rate = learning_rate(loop.config, step=step, max_steps=loop.max_steps)
-    norm = loop.engine.step(learning_rate=rate)
-    step_s = time.perf_counter() - began
-    losses = loss_metrics(forwarded.totals, forwarded.counts, spec=loop.data.spec)
-    record = {
-        "global_step": step + 1,
-        **losses,
-        "optim/lr": rate,
-        "optim/grad_norm": norm,
-        "throughput/tokens_per_s": forwarded.tokens / step_s,
-        "throughput/samples_per_s": loop.config.global_batch_size / step_s,
-        "data/wait_fraction": waited / step_s,
-        "data/skipped_samples": loop.data.encoder.num_skipped,
-        "time/step_s": step_s,
-    }
-    if _measures_gap(loop, step=step):
-        gaps = _question_shuffle_gap(loop, micro_batches[-1])
-        record |= gaps
-        if loop.processes.rank == 0:
-            gap_warning.check(gaps, step=step + 1)
-    return record, forwarded.stop
+def _faults_file(loop: Loop, *, start: int) -> FaultsFile:
+    path = loop.directory / "faults.jsonl" if loop.processes.rank == 0 else None
+    return FaultsFile(path, start_step=start)
 
 
-def _accumulate(loop: Loop, micro_batches: list[Batch], *, step: int) -> Forwarded:
-    """Run forward and backward over a process's micro-batches.
+def _report(loop: Loop, outcome: Outcome, *, gap_warning: GapWarning) -> None:
+    """Say what people should see of a step."""
+    if loop.processes.rank > 0:
+        return
+    step = int(outcome.record["global_step"])
+    if outcome.fault is not None:
+        logger.warning("%s step %d: no update is made: %s", loop.label, step, outcome.fault)
+    elif step % loop.train.log_interval_steps == 0 or step == loop.max_steps:
+        logger.info(console_line(loop.label, max_steps=loop.max_steps, record=outcome.record))
+    if GAP_METRIC in outcome.record:
+        gap_warning.check(outcome.record, step=step)
 
-    Raises:
-        GenrecalError: The loss is not finite; no update has been made then.
-    """
-    processes = loop.processes
-    counts = Counts(*processes.sum(np.sum([batch_counts(batch) for batch in micro_batches], axis=0).tolist()))
-    # dropout is a function of step and process, also after a resume
-    seed = [loop.train.seed, STAGES.index(loop.data.spec.stage), step, processes.rank]
-    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    loop.engine.model.train()
-    parts = []
-    for batch in micro_batches:
-        losses = _forward(loop, batch, counts=counts, step=step)
-        loop.engine.backward(losses.loss)
-        parts.append(torch.stack(list(losses.totals)))
-    totals = torch.stack(parts)
-    if not bool(totals.isfinite().all()):
-        bad = [batch.sample_ids for batch, sums in zip(micro_batches, totals, strict=True) if not sums.isfinite().all()]
-        logger.error("%s step %d: losses are not finite with samples %s", loop.label, step + 1, bad)
-    tokens = float(sum(batch.student.attention_mask.sum() for batch in micro_batches))
-    values = [*totals.double().sum(0).tolist(), tokens, float(loop.signals.received > 0)]
-    *sums, all_tokens, stops = processes.sum(values)
-    if not np.isfinite(sums).all():
-        raise GenrecalError(
-            f"{loop.label}: the loss of step {step + 1} is not finite; the log of one process names the samples. "
-            "Lower the learning rate or look at these samples; start again to go on from the last checkpoint."
-        )
-    return Forwarded(
-        counts=counts, totals=dict(zip(Totals._fields, sums, strict=True)), tokens=all_tokens, stop=stops > 0
+
+def _short(record: Mapping[str, float]) -> dict[str, str]:
+    return {"loss": f"{record['train/loss']:.4f}"} if "train/loss" in record else {}
+
+
+def _save(loop: Loop, position: Position, *, saved: Position) -> Position:
+    """Write a checkpoint unless there is one of this position; return the position."""
+    if position.step == saved.step:
+        return saved
+    _expect(loop, f"the checkpoint of step {position.step}", is_slow=True)
+    save_checkpoint(
+        loop.engine,
+        loop.directory / "checkpoints",
+        record=replace(loop.record, step=position.step, state={"faults": asdict(position.faults)}),
+        processes=loop.processes,
+        keep=loop.train.keep_checkpoints,
     )
+    return position
 
 
-def _forward(loop: Loop, batch: Batch, *, counts: Counts, step: int) -> StageLosses:
-    try:
-        losses: StageLosses = loop.engine.forward(batch=batch, counts=counts)
-    except ValueError as error:
-        raise GenrecalError(
-            f"{loop.label}: step {step + 1} failed before its update, with samples {batch.sample_ids}: {error}. If "
-            "rows are not finite, lower the learning rate or look at these samples; start again to go on from the "
-            "last checkpoint."
-        ) from error
-    return losses
+def _stop(loop: Loop, *, step: int) -> NoReturn:
+    logger.info("%s stopped by a signal after step %d; nothing is lost", loop.label, step)
+    raise SystemExit(128 + loop.signals.number)
 
 
-def _measures_gap(loop: Loop, *, step: int) -> bool:
-    due = (step + 1) % loop.train.shuffle_gap_interval_steps == 0 or step + 1 == loop.max_steps
-    return due and loop.data.spec.with_recalibrator and loop.config.micro_batch_size > 1
-
-
-def _question_shuffle_gap(loop: Loop, batch: Batch) -> dict[str, float]:
-    """Return what the neighbours' rows cost, over one micro-batch of every process."""
-    loop.engine.model.eval()
-    with torch.no_grad():
-        sums = loop.engine.forward(batch=batch, task="question_shuffle")
-    summed = loop.processes.sum([*torch.stack(list(sums)).double().tolist(), *batch_counts(batch)])
-    totals = dict(zip(ShuffleSums._fields, summed, strict=False))
-    return gap_metrics(totals, Counts(*summed[len(totals) :]))
-
-
-def _log(loop: Loop, record: Mapping[str, float]) -> None:
-    if loop.processes.rank == 0:
-        logger.info(console_line(loop.label, max_steps=loop.max_steps, record=record))
-
-
-def _save(loop: Loop, *, step: int, stop: bool) -> None:
-    if stop or (step % loop.train.save_interval_steps == 0 and step < loop.max_steps):
-        save_checkpoint(
-            loop.engine,
-            loop.directory / "checkpoints",
-            step=step,
-            identity=loop.identity,
-            processes=loop.processes,
-            keep=loop.train.keep_checkpoints,
-        )
-    if stop:
-        logger.info("%s stopped by a signal after step %d; a checkpoint is written", loop.label, step)
-        raise SystemExit(128 + loop.signals.number)
+def _stop_if_hopeless(loop: Loop, outcome: Outcome, *, position: Position, saved: Position) -> None:
+    fault, state = outcome.fault, outcome.state
+    if fault is not None and state.consecutive_skips > loop.train.faults.max_consecutive_skips:
+        _save(loop, position, saved=saved)
+        raise too_many_skips(state, fault, label=loop.label)

@@ -16,6 +16,10 @@ from distill.linear_head import LinearHead
 NAMED_SAMPLES = 3
 
 
+class BadRows(ValueError):
+    """Values that no loss can be made of: rows that are not finite, labels or ids outside the vocabulary."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowInputs:
     """The tensors with one entry per token."""
@@ -89,7 +93,7 @@ class ValueCheck:
         """Read the verdict.
 
         Raises:
-            ValueError: The first bad row, its sample and its values.
+            BadRows: The first bad row, its sample and its values.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -98,7 +102,7 @@ class ValueCheck:
         for problem, bad in self._bad_rows().items():
             if bad.any():
                 row = int(bad.nonzero()[0, 0])
-                raise ValueError(self._message(problem, row=row, count=int(bad.sum())))
+                raise BadRows(self._message(problem, row=row, count=int(bad.sum())))
 
     def _bad_rows(self) -> dict[str, Tensor]:
         """Return, per problem, which rows have it."""

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from distill.baselines import kd_loss, uld_loss_of_rows
 from distill.batch import Batch, RecalibratedPass
 from distill.linear_head import LinearHead
+from distill.loss_inputs import BadRows
 from distill.losses import TokenLosses, feature_mse, linear_ce, linear_ce_kl
+from distill.refusals import nan_of
 from distill.stage_spec import StageSpec, TrainedPart
 from distill.student import last_hidden_state, logit_options, name_parts
 from recalibrator import Recalibrator
@@ -87,6 +89,8 @@ class StageModel(nn.Module):
         self.recalibrator = recalibrator if spec.with_recalibrator else None
         self.teacher_head = teacher_head if spec.needs_teacher_head else None
         self.student_logits = logit_options(student)
+        self.refusals: list[str] = []
+        """Why losses refused their rows, since this was last cleared."""
         self._freeze()
 
     @property
@@ -164,10 +168,18 @@ class StageModel(nn.Module):
         return Totals(ce, kl, boundary, regularization, sft, baseline)
 
     def _student_losses(self, batch: Batch, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        inputs, targets = batch.student, batch.logit_targets
-        rows = hidden_states.index_select(0, inputs.predicting_rows)
+        rows = hidden_states.index_select(0, batch.student.predicting_rows)
         module = self.student.get_output_embeddings()
         head = LinearHead(weight=module.weight, bias=getattr(module, "bias", None), **self.student_logits)
+        try:
+            return self._answer_losses(batch, rows, head)
+        except BadRows as error:
+            self.refusals.append(str(error))
+            nan = nan_of(rows, head.weight, head.bias)
+            return nan, nan
+
+    def _answer_losses(self, batch: Batch, rows: Tensor, head: LinearHead) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch.student, batch.logit_targets
         ce = linear_ce(rows, weight=head.weight, bias=head.bias, labels=inputs.labels, **self.student_logits)
         sft = (ce * inputs.weights).sum()
         if targets is None:
@@ -193,15 +205,20 @@ class StageModel(nn.Module):
         head = self.teacher_head
         assert head is not None
         rows = self._recalibrated(passed, student_rows)
-        return linear_ce_kl(
-            rows,
-            teacher_rows=passed.teacher_rows.to(rows.dtype),
-            weight=head.weight,
-            bias=head.bias,
-            labels=passed.labels,
-            logit_scale=head.logit_scale,
-            logit_softcap=head.logit_softcap,
-        )
+        try:
+            return linear_ce_kl(
+                rows,
+                teacher_rows=passed.teacher_rows.to(rows.dtype),
+                weight=head.weight,
+                bias=head.bias,
+                labels=passed.labels,
+                logit_scale=head.logit_scale,
+                logit_softcap=head.logit_softcap,
+            )
+        except BadRows as error:
+            self.refusals.append(str(error))
+            nan = nan_of(rows)
+            return TokenLosses(nan, nan)
 
     def _regularization(self, passed: RecalibratedPass) -> Float[Tensor, " answer_tokens"]:
         form = self.spec.regularization_form

@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from distill.checkpoint import require_same_run, write_durably
+from distill.checkpoint import Record, require_same_run, write_durably
 from distill.config import STAGES, Stage, StudentConfig, TrainConfig
 from distill.data import JoinedData, SampleOrder, StudentEncoder, join_cache
 from distill.export import export_recalibrator, export_student
+from distill.identity import run_identity, student_files_digest
 from distill.live import TargetSource
-from distill.loop import Loop, run_steps
+from distill.loop import run_steps
 from distill.processes import Processes
 from distill.signals import Signals, noted_signals
 from distill.stage_spec import StageSpec, stage_spec
 from distill.stages import StageModel
+from distill.step import Loop
 from distill.student import load_student, resolve_model
+from distill.watchdog import Watchdog
 from distill.zero import launched_processes, make_engine
 from recalibrator import Recalibrator, RecalibratorConfig
 from teacher_cache import open_cache
@@ -51,6 +54,7 @@ class Job:
     output_dir: Path
     processes: Processes
     signals: Signals
+    watchdog: Watchdog
 
     @property
     def stages(self) -> list[Stage]:
@@ -72,7 +76,8 @@ class StageRun:
     max_steps: int
     source: Path
     """Directory of the student's weights at the start."""
-    identity: dict[str, Any]
+    record: Record
+    """Of its checkpoints, but for step and state."""
     directory: Path
 
 
@@ -102,7 +107,9 @@ def train_student(
     with (
         launched_processes(backend=train.backend, num_processes=train.num_processes) as processes,
         noted_signals() as signals,
+        Watchdog() as watchdog,
     ):
+        watchdog.expect(f"{student.name}: the start", within_s=train.slow_timeout_s)
         base = resolve_model(student.model, revision=student.revision)
         processor = load_processor(str(base), trust_remote_code=student.trust_remote_code)
         job = Job(
@@ -115,6 +122,7 @@ def train_student(
             output_dir=output_dir,
             processes=processes,
             signals=signals,
+            watchdog=watchdog,
         )
         trained = [_run_stage(job, stage) for stage in chosen]
         if chosen[-1] == job.stages[-1] and (any(trained) or not _published(job).exists()):
@@ -145,11 +153,13 @@ def choose_stages(stages: Sequence[Stage] | None, *, student: StudentConfig, tra
 
 def _run_stage(job: Job, stage: Stage) -> bool:
     """Train a stage unless it is done; return whether it was trained."""
-    run = _set_up(job, stage)
     label = f"{job.student.name} {stage}"
+    job.watchdog.expect(f"{label}: the set-up", within_s=job.train.slow_timeout_s)
+    run = _set_up(job, stage)
+    _stop_if_asked(job, label)
     done = _read_done(run.directory)
     if done is not None:
-        require_same_run(stored=done["identity"], asked=run.identity, where=run.directory)
+        require_same_run(stored=done["identity"], asked=run.record.identity, where=run.directory)
         logger.info("%s is done: skipped", label)
         return False
     run.directory.mkdir(parents=True, exist_ok=True)
@@ -164,11 +174,12 @@ def _run_stage(job: Job, stage: Stage) -> bool:
                 config=job.train.stage(stage),
                 train=job.train,
                 max_steps=run.max_steps,
-                identity=run.identity,
+                record=run.record,
                 directory=run.directory,
                 label=label,
                 processes=job.processes,
                 signals=job.signals,
+                watchdog=job.watchdog,
             )
         )
         export_student(
@@ -179,10 +190,22 @@ def _run_stage(job: Job, stage: Stage) -> bool:
     finally:
         engine.close()
     if job.processes.rank == 0:
-        body = {"identity": run.identity, "steps": run.max_steps, "partition": asdict(report)}
+        body = {
+            "identity": run.record.identity,
+            "layout": run.record.layout,
+            "steps": run.max_steps,
+            "partition": asdict(report),
+        }
         write_durably(run.directory / DONE, encode_document(body))
     job.processes.barrier()
     return True
+
+
+def _stop_if_asked(job: Job, label: str) -> None:
+    """End all processes together when a signal came to any of them while there was no step to finish."""
+    if job.processes.sum([float(job.signals.received > 0)])[0]:
+        logger.info("%s stopped by a signal before its first step; nothing is lost", label)
+        raise SystemExit(128 + job.signals.number)
 
 
 def _set_up(job: Job, stage: Stage) -> StageRun:
@@ -194,26 +217,32 @@ def _set_up(job: Job, stage: Stage) -> StageRun:
         num_samples=len(data.sample_ids), global_batch_size=config.global_batch_size, seed=train.seed, stage=stage
     )
     source, initial_weights = _initial_weights(job, stage)
-    identity = {
-        "stage": stage,
-        "student": student.model_dump(mode="json", include={"dtype", "max_length", "method"}),
-        "settings": config.model_dump(mode="json"),
-        "recalibrator": train.recalibrator.model_dump(mode="json"),
-        "baselines": train.baselines.model_dump(mode="json"),
-        "seed": train.seed,
-        "backend": train.backend,
-        "world_size": job.processes.world_size,
-        "cache": job.cache.targets_fingerprint,
-        "samples": fingerprint({id_: job.cache.sample_digest(id_) for id_ in data.sample_ids}),
-        "initial_weights": initial_weights,
-    }
+    record = Record(
+        step=0,
+        identity=run_identity(
+            student,
+            train,
+            stage=stage,
+            cache=job.cache.targets_fingerprint,
+            samples=fingerprint({id_: job.cache.sample_digest(id_) for id_ in data.sample_ids}),
+            initial_weights=initial_weights,
+            student_files=student_files_digest(job.base),
+        ),
+        layout={"backend": train.backend, "world_size": job.processes.world_size},
+        origin={
+            "student": str(job.base.resolve()),
+            "dtype": student.dtype,
+            "trust_remote_code": student.trust_remote_code,
+        },
+        state={},
+    )
     return StageRun(
         spec=spec,
         data=data,
         order=order,
         max_steps=config.max_steps or order.steps_per_epoch,
         source=source,
-        identity=identity,
+        record=record,
         directory=job.stage_dir(stage),
     )
 

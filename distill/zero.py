@@ -108,6 +108,21 @@ class ZeroEngine:
         """Add a micro-batch's gradient; the engine averages over processes, and the sum is wanted."""
         self._engine.backward(loss * self._processes.world_size, scale_wrt_gas=False)
 
+    def gradient_norm(self) -> float:
+        """Return the norm over all processes."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        # where gradients are offloaded they are moved and measured here; the step does it again
+        self._optimizer.finalize_gradient_accumulation_boundary()
+        return float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
+
+    def discard(self) -> None:
+        """Drop the gradient the way DeepSpeed does when it overflows; the next backward overwrites what is left."""
+        self._optimizer._pre_step()
+        self._optimizer._partition_all_parameters()
+        self._optimizer._overflow_clean_up(self._optimizer.loss_scale)
+        self._engine._unmanaged_backward_count = 0
+
     def step(self, *, learning_rate: float) -> float:
         """Update the parameters."""
         set_learning_rate(self._optimizer, learning_rate)

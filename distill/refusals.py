@@ -1,0 +1,14 @@
+"""What stands for the losses of rows that cannot have any, so that every process finishes the calls others wait in."""
+
+from torch import Tensor
+
+
+def nan_of(*tensors: Tensor | None) -> Tensor:
+    """Return one NaN that depends on these tensors.
+
+    Its backward pass reaches all that the losses' backward pass reaches: under ZeRO-3 every process has to take part in
+    the same collectives, also the one whose rows are bad.
+    """
+    nan = float("nan") * sum((tensor.sum().float() for tensor in tensors if tensor is not None), start=0.0)
+    assert isinstance(nan, Tensor)
+    return nan
