@@ -29,7 +29,7 @@ class StudentConfig(StrictConfig):
     max_length: int = Field(default=4096, gt=1)
     """Longest sample in student tokens, image tokens included; a longer one is a bad sample."""
     max_skipped_samples: int = Field(default=0, ge=0)
-    """Bad samples on the student's side (too long) that are left out per process and stage; one more stops."""
+    """Bad samples on the student's side (too long) that are left out per stage, over all processes; one more stops."""
     method: Method = "genrecal"
     """genrecal; sft: the student's own cross-entropy alone; kd and uld add to it what `BaselineOptions` says: kd the
     divergence from a teacher with the same tokenizer, uld a distance over spans aligned across tokenizers."""
@@ -45,7 +45,10 @@ class StageConfig(StrictConfig):
     global_batch_size: int = Field(default=128, gt=0)
     """Samples per optimizer step over all processes."""
     micro_batch_size: int = Field(default=4, gt=0)
-    """Samples per process and forward pass; gradients accumulate up to the global batch."""
+    """Samples per process and forward pass, at most; gradients accumulate up to the global batch."""
+    micro_batch_tokens: int | None = Field(default=None, gt=0)
+    """Student tokens per process and forward pass, at most, padding included; a longer sample goes alone. By default
+    samples alone are counted."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Learning rate at the first step after the warm-up (paper)."""
     final_learning_rate: float = Field(default=1e-5, ge=0)
@@ -145,8 +148,11 @@ class ZeroConfig(StrictConfig):
     """Parameters with fewer elements stay gathered on every process."""
     leaf_module_parameters: int = Field(default=300_000_000, ge=0)
     """Frozen modules with at most so many parameters are gathered whole: one collective instead of many."""
+    config_file: str | None = None
+    """A DeepSpeed configuration (JSON) of your own, merged over ours. What follows from the stage's settings may be left
+    out, "auto" or equal to them; anything else is refused."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Further DeepSpeed configuration, merged over ours; keys that this project sets itself are refused."""
+    """Further DeepSpeed configuration, merged over `config_file` and held to the same."""
 
 
 class FaultConfig(StrictConfig):
@@ -214,8 +220,13 @@ class TrainConfig(StrictConfig):
     """Optimizer steps between log lines."""
     shuffle_gap_interval_steps: int = Field(default=100, gt=0)
     """Optimizer steps between measurements of the question-shuffle gap."""
+    validation: ValidationConfig | None = None
+    """Scoring on held-out data during training; none by default."""
     encoding_cache_mib: int = Field(default=512, ge=0)
-    """Tokenised samples that each process keeps in memory for the next epoch, in MiB."""
+    """Tokenised samples that each process, or each of its data workers, keeps in memory for the next epoch, in MiB."""
+    data_workers: int | None = Field(default=None, ge=0)
+    """Processes per training process that load data ahead, each one step; 0 loads in a thread. By default 4 with a
+    GPU, 0 without."""
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> "TrainConfig":

@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 
 from distill.checkpoint import Record, require_same_run, write_durably
 from distill.config import STAGES, Stage, StudentConfig, TrainConfig
-from distill.data import JoinedData, SampleOrder, StudentEncoder, join_cache
+from distill.data import JoinedData, join_cache
+from distill.encoder import SampleReader, StudentEncoder
 from distill.export import export_recalibrator, export_student
 from distill.identity import run_identity, student_files_digest
 from distill.live import TargetSource
 from distill.loop import run_steps
+from distill.order import SampleOrder
 from distill.processes import Processes
 from distill.signals import Signals, noted_signals
 from distill.stage_spec import StageSpec, stage_spec
@@ -33,7 +35,7 @@ from teacher_cache.documents import encode_document, parse_document
 from teacher_cache.durable_files import remove
 from teacher_cache.errors import ConfigError
 from teacher_cache.manifest import fingerprint
-from teacher_cache.samples import SampleSet, read_samples
+from teacher_cache.sample_file import SampleTable, scan_samples
 from teacher_cache.teacher_checkpoint import digest_files, weight_files
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,8 @@ class Job:
     """What all stages of one student share."""
 
     cache: TargetSource
-    data: SampleSet
+    data: SampleTable
+    reader: SampleReader
     encoder: StudentEncoder
     student: StudentConfig
     train: TrainConfig
@@ -114,7 +117,8 @@ def train_student(
         processor = load_processor(str(base), trust_remote_code=student.trust_remote_code)
         job = Job(
             cache=open_cache(cache.uri) if targets is None else targets,
-            data=read_samples(cache.data),
+            data=scan_samples(cache.data),
+            reader=SampleReader(cache.data),
             encoder=StudentEncoder(processor, config=student, memory_mib=train.encoding_cache_mib),
             student=student,
             train=train,
@@ -177,6 +181,7 @@ def _run_stage(job: Job, stage: Stage) -> bool:
                 record=run.record,
                 directory=run.directory,
                 label=label,
+                max_skipped_samples=job.student.max_skipped_samples,
                 processes=job.processes,
                 signals=job.signals,
                 watchdog=job.watchdog,
@@ -210,9 +215,16 @@ def _stop_if_asked(job: Job, label: str) -> None:
 
 def _set_up(job: Job, stage: Stage) -> StageRun:
     config, train, student = job.train.stage(stage), job.train, job.student
-    has_images = any(sample.images for sample in job.data.samples)
+    has_images = any(sample.has_images for sample in job.data.samples)
     spec = stage_spec(stage, method=student.method, train=train, has_images=has_images)
-    data = join_cache(job.cache, job.data, encoder=job.encoder, spec=spec, max_samples=config.max_samples)
+    data = join_cache(
+        job.cache,
+        job.data,
+        encoder=job.encoder,
+        spec=spec,
+        max_samples=config.max_samples,
+        reader=job.reader,
+    )
     order = SampleOrder(
         num_samples=len(data.sample_ids), global_batch_size=config.global_batch_size, seed=train.seed, stage=stage
     )
