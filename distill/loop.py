@@ -6,14 +6,13 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import NoReturn
 
-from distill.batch import Batch
 from distill.checkpoint import find_checkpoint, save_checkpoint
-from distill.data import global_batches
 from distill.faults import FaultsFile, FaultState, too_many_skips
 from distill.features import probe_batches, write_features
+from distill.loader import RankBatches
 from distill.metrics import GAP_METRIC, GapWarning, MetricsFile, console_line
+from distill.skipped import SkippedSamples
 from distill.step import Loop, Outcome, take_step
-from teacher_cache.prefetch import Prefetch
 from teacher_cache.progress import Progress, progress
 
 logger = logging.getLogger(__name__)
@@ -39,6 +38,7 @@ def run_steps(loop: Loop) -> None:
     """
     position = saved = _resume(loop)
     start, state = position.step, position.faults
+    skipped = _skipped(loop, start=start)
     gap_warning = GapWarning(label=loop.label, max_steps=loop.max_steps)
     _announce(loop)
     probe = probe_batches(loop.data, micro_batch_size=loop.config.micro_batch_size)
@@ -52,7 +52,7 @@ def run_steps(loop: Loop) -> None:
     ):
         for step in range(start, loop.max_steps):
             _expect(loop, f"step {step + 1}", is_slow=step == start)
-            outcome = take_step(loop, batches, step=step, state=state)
+            outcome = take_step(loop, batches, step=step, state=state, skipped=skipped)
             if outcome is None:
                 _save(loop, position, saved=saved)
                 _stop(loop, step=step)
@@ -117,17 +117,24 @@ def _resume(loop: Loop) -> Position:
     return Position(step=checkpoint.step, faults=FaultState.from_json(checkpoint.record.state["faults"]))
 
 
-def _batches(loop: Loop, *, start: int) -> Prefetch[list[Batch]]:
-    return Prefetch(
-        global_batches(
-            loop.data,
-            order=loop.order,
-            micro_batch_size=loop.config.micro_batch_size,
-            rank=loop.processes.rank,
-            world_size=loop.processes.world_size,
-            start=start,
-            stop=loop.max_steps,
-        )
+def _batches(loop: Loop, *, start: int) -> RankBatches:
+    return RankBatches(
+        loop.data,
+        order=loop.order,
+        config=loop.config,
+        train=loop.train,
+        processes=loop.processes,
+        start=start,
+        stop=loop.max_steps,
+    )
+
+
+def _skipped(loop: Loop, *, start: int) -> SkippedSamples:
+    return SkippedSamples(
+        loop.directory / "skipped.jsonl",
+        allowed=loop.max_skipped_samples,
+        start_step=start,
+        writes=loop.processes.rank == 0,
     )
 
 

@@ -1,23 +1,27 @@
 """One optimizer step: forward and backward over its micro-batches, the verdict, the update or none."""
 
+import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from distill.batch import Batch, to_device
+from distill.batch import Batch
 from distill.checkpoint import Record
 from distill.config import STAGES, StageConfig, TrainConfig
-from distill.data import JoinedData, SampleOrder
+from distill.data import JoinedData, RankBatch
 from distill.engine import Engine
 from distill.faults import Fault, FaultState, Share, find_fault, finite, gather
+from distill.loader import RankBatches
 from distill.metrics import gap_metrics, learning_rate, loss_metrics
+from distill.order import SampleOrder
 from distill.processes import Processes
 from distill.signals import Interrupted, Signals
+from distill.skipped import SkippedSamples
 from distill.stages import Counts, ShuffleSums, StageLosses, Totals, batch_counts
 from distill.watchdog import Watchdog
 
@@ -38,9 +42,22 @@ class Loop:
     """Of every checkpoint, but for step and state."""
     directory: Path
     label: str
+    max_skipped_samples: int
     processes: Processes
     signals: Signals
     watchdog: Watchdog
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """What a step is over all processes."""
+
+    counts: Counts
+    """Supervised tokens of the global batch."""
+    micro_batches: int
+    """Of every process: the most that any has, fillers for the others."""
+    skips: int
+    """Bad samples that were left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +85,21 @@ class Outcome:
     """Why there was no update."""
 
 
-def take_step(loop: Loop, batches: Iterator[list[Batch]], *, step: int, state: FaultState) -> Outcome | None:
+def take_step(
+    loop: Loop, batches: RankBatches, *, step: int, state: FaultState, skipped: SkippedSamples
+) -> Outcome | None:
     """Take one step; None where a signal to any process came before it began: nothing is changed then."""
     began = time.perf_counter()
-    micro_batches = _wait(loop, batches)
-    waited = time.perf_counter() - began
-    counts = _agree(loop, micro_batches)
-    if counts is None:
+    waited_s = batches.waited_s
+    part = _wait(loop, batches)
+    agreed = _agree(loop, part)
+    if agreed is None:
         return None
-    forwarded = _accumulate(loop, micro_batches, counts=counts, step=step)
-    losses = loss_metrics(forwarded.totals, counts, spec=loop.data.spec)
+    if agreed.skips:
+        skipped.add(itertools.chain(*gather(part.skipped, loop.processes)), step=step + 1)
+    micro_batches = batches.on_device(part.micro_batches, num=agreed.micro_batches)
+    forwarded = _accumulate(loop, part, micro_batches, counts=agreed.counts, step=step)
+    losses = loss_metrics(forwarded.totals, agreed.counts, spec=loop.data.spec)
     rate = learning_rate(loop.config, step=step, max_steps=loop.max_steps)
     norm = loop.engine.gradient_norm()
     fault = _find_fault(loop, forwarded, state=state, loss=losses["train/loss"], norm=norm, step=step)
@@ -96,37 +118,38 @@ def take_step(loop: Loop, batches: Iterator[list[Batch]], *, step: int, state: F
         "optim/skipped_updates": state.skipped_updates,
         "throughput/tokens_per_s": forwarded.tokens / step_s,
         "throughput/samples_per_s": loop.config.global_batch_size / step_s,
-        "data/wait_fraction": waited / step_s,
-        "data/skipped_samples": loop.data.encoder.num_skipped,
+        "data/wait_fraction": (batches.waited_s - waited_s) / step_s,
+        "data/skipped_samples": len(skipped),
         "time/step_s": step_s,
     }
     if fault is None and _measures_gap(loop, step=step):
-        record |= _question_shuffle_gap(loop, micro_batches[-1])
+        record |= _question_shuffle_gap(loop, batches, part)
     return Outcome(record=_finite_only(record), state=state, fault=fault)
 
 
-def _wait(loop: Loop, batches: Iterator[list[Batch]]) -> list[Batch]:
-    """Return the next micro-batches, or none when a signal comes first."""
+def _wait(loop: Loop, batches: RankBatches) -> RankBatch:
+    """Return this process's part of the step, or nothing when a signal comes first."""
     try:
         with loop.signals.interrupting():
-            share = next(batches)
+            return next(batches)
     except Interrupted:
-        return []
-    return [to_device(batch, loop.processes.device) for batch in share]
+        return RankBatch(micro_batches=(), skipped=())
 
 
-def _agree(loop: Loop, micro_batches: list[Batch]) -> Counts | None:
-    """Return the supervised tokens of the global batch; None where any process is to stop."""
-    own = (
-        np.sum([batch_counts(batch) for batch in micro_batches], axis=0)
-        if micro_batches
-        else np.zeros(len(Counts._fields))
-    )
-    *sums, stops = loop.processes.sum([*own.tolist(), float(loop.signals.received > 0)])
-    return None if stops else Counts(*sums)
+def _agree(loop: Loop, part: RankBatch) -> Agreement | None:
+    """Return what the step of all processes is; None where any of them is to stop."""
+    own = [0.0] * len(Counts._fields)
+    for batch in part.micro_batches:
+        own = [total + count for total, count in zip(own, batch_counts(batch), strict=True)]
+    values = [*own, len(part.micro_batches), len(part.skipped), loop.signals.received > 0]
+    everyone = np.array(loop.processes.gather(values))
+    *sums, _, skips, stops = everyone.sum(0).tolist()
+    if stops:
+        return None
+    return Agreement(counts=Counts(*sums), micro_batches=max(1, int(everyone[:, -3].max())), skips=int(skips))
 
 
-def _accumulate(loop: Loop, micro_batches: list[Batch], *, counts: Counts, step: int) -> Forwarded:
+def _accumulate(loop: Loop, part: RankBatch, micro_batches: Iterable[Batch], *, counts: Counts, step: int) -> Forwarded:
     """Run forward and backward over a process's micro-batches; losses that are not finite go through like others."""
     processes, model = loop.processes, loop.engine.model
     # dropout is a function of step and process, also after a resume
@@ -141,13 +164,13 @@ def _accumulate(loop: Loop, micro_batches: list[Batch], *, counts: Counts, step:
         parts.append(torch.stack(list(losses.totals)))
     totals = torch.stack(parts)
     good = totals.isfinite().all(1).tolist()
-    suspects = [batch for batch, fine in zip(micro_batches, good, strict=True) if not fine]
+    suspects = [batch for batch, fine in zip(part.micro_batches, good, strict=False) if not fine]
     share = Share(
         rank=processes.rank,
-        sample_ids=tuple(id_ for batch in suspects or micro_batches for id_ in batch.sample_ids),
+        sample_ids=tuple(id_ for batch in suspects or part.micro_batches for id_ in batch.sample_ids),
         reasons=tuple(dict.fromkeys(model.refusals)),
     )
-    tokens = float(sum(batch.student.attention_mask.sum() for batch in micro_batches))
+    tokens = float(sum(batch.num_tokens for batch in part.micro_batches))
     *sums, all_tokens = processes.sum([*totals.double().sum(0).tolist(), tokens])
     return Forwarded(
         counts=counts,
@@ -182,14 +205,19 @@ def _measures_gap(loop: Loop, *, step: int) -> bool:
     return due and loop.data.spec.with_recalibrator and loop.config.micro_batch_size > 1
 
 
-def _question_shuffle_gap(loop: Loop, batch: Batch) -> dict[str, float]:
-    """Return what the neighbours' rows cost, over one micro-batch of every process."""
+def _question_shuffle_gap(loop: Loop, batches: RankBatches, part: RankBatch) -> dict[str, float]:
+    """Return what the neighbours' rows cost, over the micro-batch of every process that has the most samples."""
+    most = max(part.micro_batches, key=lambda batch: len(batch.sample_ids), default=None)
+    (batch,) = batches.on_device([most] if most else [], num=1)
     loop.engine.model.eval()
     with torch.no_grad():
         sums = loop.engine.forward(batch=batch, task="question_shuffle")
-    summed = loop.processes.sum([*torch.stack(list(sums)).double().tolist(), *batch_counts(batch)])
+    own = [*torch.stack(list(sums)).double().tolist(), *batch_counts(batch)]
+    # a sample alone has no neighbour
+    summed = loop.processes.sum(own if len(batch.sample_ids) > 1 else [0.0] * len(own))
     totals = dict(zip(ShuffleSums._fields, summed, strict=False))
-    return gap_metrics(totals, Counts(*summed[len(totals) :]))
+    counts = Counts(*summed[len(totals) :])
+    return gap_metrics(totals, counts) if counts.answer_tokens else {}
 
 
 def _finite_only(record: Mapping[str, float]) -> dict[str, float]:
