@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ class StageLog:
     records: tuple[Mapping[str, Any], ...]
     """Lines of metrics.jsonl in order of ``global_step``."""
     folder: Path
+    skipped_updates: tuple[Mapping[str, Any], ...] = ()
+    """Lines of faults.jsonl."""
+    last_line_at: str = ""
+    """Time of the last line of metrics.jsonl, in UTC."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the stage is trained."""
+        return (self.folder / "DONE.json").exists()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +76,10 @@ class RunData:
     """Seconds per step, in order."""
     run_files: Mapping[str, str]
     """Text of each run file by name."""
+    expected_stages: tuple[tuple[str, str], ...] = ()
+    """Student and stage of all that the run files train."""
+    expected_evaluations: tuple[str, ...] = ()
+    """Names of the trained students that the run files score."""
     notes: tuple[str, ...] = field(default=())
     """What was looked for and not found."""
 
@@ -73,6 +87,13 @@ class RunData:
         """Return the evaluation name per kind of model at hand: untouched, sft, kd, uld, distilled."""
         names = {kind: f"{student}-{kind}" for kind in BASELINES} | {"distilled": student}
         return {kind: name for kind, name in names.items() if name in self.evaluations}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether everything that the run files ask for is trained and scored; False without a run file."""
+        done = {(log.student, log.stage) for log in self.stage_logs if log.is_done}
+        trained = bool(self.expected_stages) and done >= set(self.expected_stages)
+        return trained and self.evaluations.keys() >= set(self.expected_evaluations)
 
 
 def read_run(run_dir: Path) -> RunData:
@@ -94,7 +115,7 @@ def read_run(run_dir: Path) -> RunData:
     return RunData(
         run_dir=run_dir,
         results=results,
-        students=tuple(results["students"]),
+        students=tuple(dict.fromkeys([*results["students"], *_distilled(configs)])),
         evaluations=evaluations,
         stage_logs=_read_stage_logs(run_dir, notes=notes),
         cache=_read_cache(_cache_uri(run_dir, configs), notes=notes),
@@ -102,8 +123,28 @@ def read_run(run_dir: Path) -> RunData:
         rows=rows,
         timings={row["step"]: float(row["seconds"]) for row in _read_json(run_dir / "timings.json", notes=notes) or []},
         run_files=run_files,
+        expected_stages=_expected_stages(configs),
+        expected_evaluations=tuple(
+            student["name"] for config in configs if config.get("evaluation") for student in config.get("students", ())
+        ),
         notes=tuple(notes),
     )
+
+
+def _distilled(configs: list[dict[str, Any]]) -> list[str]:
+    """Return the students of the run files that are distilled, not those of their baselines."""
+    students = [student for config in configs for student in config.get("students", ())]
+    return [student["name"] for student in students if student.get("method", "genrecal") == "genrecal"]
+
+
+def _expected_stages(configs: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
+    expected = []
+    for config in configs:
+        stages = config.get("train", {}).get("stages", STAGES)
+        for student in config.get("students", ()):
+            has_align = student.get("method", "genrecal") == "genrecal"
+            expected += [(student["name"], stage) for stage in stages if stage != "align" or has_align]
+    return tuple(dict.fromkeys(expected))
 
 
 def _read_json(path: Path, *, notes: list[str]) -> Any:
@@ -131,20 +172,37 @@ def _read_stage_logs(run_dir: Path, *, notes: list[str]) -> tuple[StageLog, ...]
     logs = []
     for path in sorted(run_dir.glob("training/*/*/metrics.jsonl")):
         stage, student = path.parent.name, path.parent.parent.name
-        text = path.read_text(encoding="utf-8")
-        try:
-            # what follows the last line break is a line still being written
-            records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} holds a line that is not JSON: {error}") from error
-        # a resumed run logs some steps twice: the later line counts
-        by_step = {int(record["global_step"]): record for record in records if "global_step" in record}
-        ordered = tuple(by_step[step] for step in sorted(by_step))
-        logs.append(StageLog(student=student, stage=stage, records=ordered, folder=path.parent))
+        by_step: dict[int, dict[str, Any]] = {}
+        for record in _read_lines(path):
+            # a killed run may have logged some steps twice: the later line counts
+            if "global_step" in record:
+                step = int(record["global_step"])
+                by_step[step] = by_step.get(step, {}) | record
+        written = datetime.fromtimestamp(path.stat().st_mtime, tz=UTC)
+        logs.append(
+            StageLog(
+                student=student,
+                stage=stage,
+                records=tuple(by_step[step] for step in sorted(by_step)),
+                folder=path.parent,
+                skipped_updates=tuple(_read_lines(path.with_name("faults.jsonl"))),
+                last_line_at=f"{written:%Y-%m-%d %H:%M:%S}",
+            )
+        )
     if not logs:
         notes.append("no training/<student>/<stage>/metrics.jsonl: nothing has been trained")
     order: dict[str, int] = {stage: index for index, stage in enumerate(STAGES)}
     return tuple(sorted(logs, key=lambda log: (log.student, order.get(log.stage, len(order)))))
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines that may be written to now; none where there is no file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        # what follows the last line break is a line still being written
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} holds a line that is not JSON: {error}") from error
 
 
 def _read_cache(uri: str, *, notes: list[str]) -> CacheFacts | None:

@@ -128,7 +128,7 @@ def losses_figure(rows: Mapping[str, Sequence[Panel]], *, baselines: Mapping[str
             line[0].set_ylabel(f"{student}\nnats per token")
             for axis in line[len(panels) :]:
                 axis.set_axis_off()
-        _shared_legend(figure, axes.ravel())
+        shared_legend(figure, axes.ravel())
 
     return draw(paint, height=0.6 + 2.5 * len(rows), prefix="losses")
 
@@ -139,12 +139,16 @@ def question_figure(rows: Mapping[str, Sequence[Panel]]) -> str:
     def paint(figure: Figure) -> None:
         axes = figure.subplots(len(rows), 2, squeeze=False)
         for line, (student, panels) in zip(axes, rows.items(), strict=True):
-            _chain(line[0], panels, metrics={"boundary_ce": ("boundary row", "distilled"), "rest_ce": ("rest", "sft")})
-            _chain(line[1], panels, metrics={"question_shuffle_gap": ("questions shuffled minus matched", "extra")})
+            chain_stages(
+                line[0], panels, metrics={"boundary_ce": ("boundary row", "distilled"), "rest_ce": ("rest", "sft")}
+            )
+            chain_stages(
+                line[1], panels, metrics={"question_shuffle_gap": ("questions shuffled minus matched", "extra")}
+            )
             line[0].set_title(f"{student}: Recalibrator CE", loc="left")
             line[1].set_title("question-shuffle gap", loc="left")
             line[0].set_ylabel("nats per token")
-        _shared_legend(figure, axes.ravel())
+        shared_legend(figure, axes.ravel())
 
     return draw(paint, height=0.6 + 2.5 * len(rows), prefix="question")
 
@@ -200,7 +204,7 @@ def scatter_figure(panels: Mapping[str, Mapping[str, Any]], *, prefix: str) -> s
             axis.set_title(title, fontsize=10)
             axis.set(xticks=[], yticks=[])
             axis.spines[["top", "right"]].set_visible(True)
-        _shared_legend(figure, axes)
+        shared_legend(figure, axes)
 
     return draw(paint, height=3.0, prefix=prefix)
 
@@ -237,7 +241,7 @@ def _loss_panel(axis: Axes, panel: Panel, *, baseline: Curve | None) -> None:
     axis.set_xlabel("step")
 
 
-def _chain(axis: Axes, panels: Sequence[Panel], *, metrics: Mapping[str, tuple[str, str]]) -> None:
+def chain_stages(axis: Axes, panels: Sequence[Panel], *, metrics: Mapping[str, tuple[str, str]]) -> None:
     """Plot stages one behind the other, a thin line between them."""
     lengths = [max((curve.steps[-1] for curve in panel.curves.values()), default=0) for panel in panels]
     starts = [sum(lengths[:index]) for index in range(len(panels) + 1)]
@@ -256,7 +260,8 @@ def _chain(axis: Axes, panels: Sequence[Panel], *, metrics: Mapping[str, tuple[s
     axis.set_xlabel("step")
 
 
-def _shared_legend(figure: Figure, axes: Iterable[Axes]) -> None:
+def shared_legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    """Put one legend over all axes, each label once."""
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if entries:
         columns = len(entries) if len(entries) < 6 else math.ceil(len(entries) / 2)

@@ -45,7 +45,7 @@ def headline_rows(run: RunData) -> list[HeadlineRow]:
     """Return the teacher's row, then each student's: untouched, baselines, distilled."""
     rows = [_headline_row(run, "teacher", kind="teacher", label="ceiling", prefix="teacher_", values=run.results)]
     for student in run.students:
-        values = run.results["students"][student]
+        values = run.results["students"].get(student, {})
         for kind in (*BASELINES, "distilled"):
             prefix = "" if kind == "distilled" else f"{kind}_"
             rows.append(_headline_row(run, student, kind=kind, label=KIND_LABELS[kind], prefix=prefix, values=values))

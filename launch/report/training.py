@@ -1,5 +1,6 @@
 """Figures of the report about training: losses, use of the question, features."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ from launch.report.embedding import Features, embed, read_features, similarities
 from launch.report.figures import TERMS, Curve, Panel, losses_figure, question_figure, scatter_figure
 from teacher_cache.errors import DataError
 
+MAX_POINTS = 1000
+"""Of a curve: more steps than the page has pixels are thinned out evenly."""
 QUESTION_METRICS = ("boundary_ce", "rest_ce", "question_shuffle_gap")
 
 
@@ -17,8 +20,8 @@ def training_figures(run: RunData) -> dict[str, str] | None:
         return None
     names = sorted({log.student for log in run.stage_logs})
     baselines = {f"{student}-{kind}" for student in run.students for kind in ("sft", "kd", "uld")}
-    losses = {name: _panels(run, name, metrics=TERMS) for name in names if name not in baselines}
-    question = {name: _panels(run, name, metrics=QUESTION_METRICS) for name in losses}
+    losses = {name: stage_panels(run, name, metrics=TERMS) for name in names if name not in baselines}
+    question = {name: stage_panels(run, name, metrics=QUESTION_METRICS) for name in losses}
     losses = {name: panels for name, panels in losses.items() if panels}
     question = {name: panels for name, panels in question.items() if panels}
     sft = {name: _own_losses(run, f"{name}-sft") for name in losses}
@@ -45,11 +48,12 @@ def feature_items(run: RunData, *, notes: list[str]) -> list[dict[str, Any]]:
     return items
 
 
-def _panels(run: RunData, student: str, *, metrics: Iterable[str]) -> list[Panel]:
+def stage_panels(run: RunData, student: str, *, metrics: Iterable[str]) -> list[Panel]:
+    """Return a panel per stage of a student that logged any of the metrics, with their curves."""
     panels = []
     for log in run.stage_logs:
         if log.student == student:
-            curves = {name: curve for name in metrics if (curve := _curve(log, name)) is not None}
+            curves = {name: curve for name in metrics if (curve := curve_of(log, name)) is not None}
             if curves:
                 panels.append(Panel(title=log.stage, curves=curves))
     return panels
@@ -57,10 +61,10 @@ def _panels(run: RunData, student: str, *, metrics: Iterable[str]) -> list[Panel
 
 def _own_losses(run: RunData, student: str) -> dict[str, Curve]:
     logs = (log for log in run.stage_logs if log.student == student)
-    return {log.stage: curve for log in logs if (curve := _curve(log, "sft_loss")) is not None}
+    return {log.stage: curve for log in logs if (curve := curve_of(log, "sft_loss")) is not None}
 
 
-def _curve(log: StageLog, name: str) -> Curve | None:
+def curve_of(log: StageLog, name: str) -> Curve | None:
     """Return one metric, whatever group it is logged under (``train/ce_loss``), or None without a positive step."""
     points = []
     for record in log.records:
@@ -69,7 +73,9 @@ def _curve(log: StageLog, name: str) -> Curve | None:
                 points.append((int(record["global_step"]), float(value)))
     if not points or (name in TERMS and all(value == 0 for _, value in points)):
         return None
-    steps, values = zip(*points, strict=True)
+    # the last point is always there
+    kept = points[:: -math.ceil(len(points) / MAX_POINTS)][::-1]
+    steps, values = zip(*kept, strict=True)
     return Curve(steps=steps, values=values)
 
 
