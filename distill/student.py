@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from teacher_cache.errors import ConfigError
+from teacher_cache.model_files import refuse_own_code
 from teacher_cache.teacher_checkpoint import attention_options
 
 Part = Literal["vision_encoder", "projector", "body", "embeddings", "head"]
@@ -40,8 +41,10 @@ def load_student(path: Path, *, dtype: str, trust_remote_code: bool = False) -> 
     """Load a student with every one of its weights.
 
     Raises:
-        ConfigError: The checkpoint lacks a weight that the architecture needs, or one has another shape.
+        ConfigError: The checkpoint lacks a weight that the architecture needs, one has another shape, or it brings
+            code of its own that is not trusted.
     """
+    refuse_own_code(path, trusted=trust_remote_code)
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     with_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto = transformers.AutoModelForImageTextToText if with_images else transformers.AutoModelForCausalLM

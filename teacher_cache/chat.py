@@ -6,12 +6,14 @@ carried over to the ids in which the processor has expanded every image placehol
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import transformers
 from jaxtyping import Int
 
 from teacher_cache.errors import ConfigError, SampleError
+from teacher_cache.model_files import refuse_own_code
 from teacher_cache.rendering import Processor, RenderedAnswer, render_conversation, render_prompt
 from teacher_cache.samples import decode_image
 from teacher_cache.schema import EncodedConversation, Sample, Span
@@ -32,8 +34,10 @@ def load_processor(model: str, *, revision: str | None = None, trust_remote_code
     """Load a model's processor, or its tokenizer where the model takes text only.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, or cannot report character offsets.
+        ConfigError: The tokenizer has no chat template, or cannot report character offsets, or the model brings code
+            of its own that is not trusted.
     """
+    refuse_own_code(Path(model), trusted=trust_remote_code)
     processor = transformers.AutoProcessor.from_pretrained(
         model, revision=revision, trust_remote_code=trust_remote_code
     )

@@ -7,7 +7,6 @@ import errno
 import os
 import re
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from types import TracebackType
@@ -223,22 +222,6 @@ class ObjectStore:
         """Delete an object and all objects under it as a prefix."""
         names = [entry.name for entry in self.list(name)]
         self.call(name, lambda client, path: obstore.delete(client, names or [path]), missing_is_fine=True)
-
-    def require_create(self) -> None:
-        """Check that the store refuses to create a name twice, which commits rest on.
-
-        Raises:
-            ConfigError: it does not.
-        """
-        name = f"staging/probe-{uuid.uuid4().hex}"
-        try:
-            won = [self.create(name, os.urandom(16)) for _ in range(2)]
-        finally:
-            self.remove(name)
-        if won != [True, False]:
-            raise ConfigError(
-                f"{self.uri}: this store takes a second conditional put of one name; caches need it refused"
-            )
 
     def path(self, name: str) -> str:
         """Return a name as errors give it."""

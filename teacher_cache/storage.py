@@ -4,8 +4,10 @@ Names are relative, in ``/`` form: ``commits/shard-000000.0.json``. Nothing here
 Errors are those of the operating system: FileNotFoundError for a name that is absent, OSError for the rest.
 """
 
+import os
 import re
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,6 +147,22 @@ def open_store(uri: str, *, create: bool = False, sharing: Sharing = "private") 
 
     path = _local_path(uri, scheme=scheme)
     return LocalStore.create_folder(path, sharing=sharing) if create else LocalStore(path)
+
+
+def require_create(store: Store) -> None:
+    """Check that a store refuses to create a name twice, which commits rest on; what was written is removed.
+
+    Raises:
+        ConfigError: It takes the second one.
+        OSError: It cannot be written.
+    """
+    name = f"staging/probe-{uuid.uuid4().hex}"
+    try:
+        won = [store.create(name, os.urandom(16)) for _ in range(2)]
+    finally:
+        store.remove(name)
+    if won != [True, False]:
+        raise ConfigError(f"{store.uri}: this store takes a second create of one name; caches need it refused")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from teacher_cache.config import TeacherConfig
 from teacher_cache.errors import ConfigError, TeacherError
+from teacher_cache.model_files import read_config, refuse_own_code
 from teacher_cache.schema import TeacherHead
 
 WEIGHT_PATTERN = "*.safetensors"
@@ -50,17 +51,8 @@ def checkpoint_directory(config: TeacherConfig) -> Path:
         path = _download(config)
     if not (path / "config.json").is_file():
         raise ConfigError(f"no config.json in {path}: `teacher.model` must be a Hugging Face model directory")
-    if "auto_map" in read_config(path) and not config.trust_remote_code:
-        raise ConfigError(
-            f"{config.model} brings Python code of its own (auto_map in config.json); set "
-            "`teacher.trust_remote_code` if you trust it, or use a checkpoint in the form that transformers knows"
-        )
+    refuse_own_code(path, trusted=config.trust_remote_code)
     return path
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Return config.json."""
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
 def torch_dtype(config: TeacherConfig) -> torch.dtype:

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
 
 from teacher_cache.chat import Processor, load_processor
 from teacher_cache.config import TeacherConfig
 from teacher_cache.errors import ConfigError
-from teacher_cache.teacher_checkpoint import read_config
+from teacher_cache.model_files import local_copy, refuse_own_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +32,12 @@ def local_directory(config: TeacherConfig) -> Path:
     Raises:
         ConfigError: It is neither a folder nor in the local copy of the Hub.
     """
-    path = Path(config.model)
-    if not path.is_dir():
-        try:
-            path = Path(
-                huggingface_hub.snapshot_download(config.model, revision=config.revision, local_files_only=True)
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"teacher {config.model!r} is no directory on this machine, and planning fetches nothing"
-            ) from error
+    path = local_copy(config.model, revision=config.revision)
+    if path is None:
+        raise ConfigError(f"teacher {config.model!r} is no directory on this machine, and planning fetches nothing")
     if not (path / "config.json").is_file():
         raise ConfigError(f"no config.json in {path}, the directory of teacher {config.model!r}")
-    if "auto_map" in read_config(path) and not config.trust_remote_code:
-        raise ConfigError(
-            f"teacher {config.model!r} brings Python code of its own (auto_map in config.json), and "
-            "`cache.teacher.trust_remote_code` is not set"
-        )
+    refuse_own_code(path, trusted=config.trust_remote_code)
     return path
 
 

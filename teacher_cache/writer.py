@@ -14,6 +14,7 @@ from teacher_cache.durable_files import digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError, CacheMismatch, CacheNotFound, ConfigError
 from teacher_cache.gc import LEFTOVERS, find_leftovers, sweep
 from teacher_cache.ledger import COMMITS, CommitRecord
+from teacher_cache.local_store import LocalStore
 from teacher_cache.manifest import (
     LIMIT_BYTES,
     MANIFEST,
@@ -37,7 +38,7 @@ from teacher_cache.schema import SkippedSample, TeacherHead, TeacherTargets
 from teacher_cache.shard_attempt import ShardAttempt
 from teacher_cache.snapshot import SNAPSHOTS, publish_snapshot
 from teacher_cache.standing import read_record, read_standing, standing_revisions
-from teacher_cache.storage import Store, local_file, open_store
+from teacher_cache.storage import Store, local_file, open_store, require_create
 from teacher_cache.stored_digest import require_digest
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ def create_or_open_builder(
             manifest = read_manifest(store)
         except CacheNotFound:
             store = open_store(uri, create=True, sharing=sharing)
+            if not isinstance(store, LocalStore):
+                require_create(store)
             manifest = _create(store, identity=identity, plan=asked, provenance=provenance, head=head, codec=codec)
         require_identity(manifest, asked=identity, where=uri)
         stored = read_plan(store, manifest)

@@ -20,7 +20,7 @@ from teacher_cache.errors import CacheCorrupt, CacheError, ConfigError
 from teacher_cache.gc import collect_garbage
 from teacher_cache.object_store import ObjectStore
 from teacher_cache.repair import repair_cache
-from teacher_cache.storage import open_store
+from teacher_cache.storage import open_store, require_create
 from teacher_cache.verify import verify_cache
 from teacher_cache.writer import CacheWriter
 from tests.teacher_cache.s3_server import S3, Fault, start_s3
@@ -234,11 +234,13 @@ def test_forked_workers_read_and_do_not_write(s3: S3) -> None:
 
 def test_a_store_must_refuse_a_second_create(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ObjectStore(s3.uri)
-    store.require_create()
+    require_create(store)
     assert list(store.list("staging")) == []
     monkeypatch.setattr(ObjectStore, "create", lambda *_: True)
-    with pytest.raises(ConfigError, match="second conditional put"):
-        store.require_create()
+    with pytest.raises(ConfigError, match="second create"):
+        require_create(store)
+    with pytest.raises(ConfigError, match="second create"):
+        build_at(s3.uri)
 
 
 def test_longer_objects_are_refused_before_they_are_read(s3: S3) -> None:
