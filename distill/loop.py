@@ -1,19 +1,19 @@
 """The optimizer steps of one stage."""
 
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from typing import NoReturn
 
 from distill.checkpoint import find_checkpoint, save_checkpoint
 from distill.faults import FaultsFile, FaultState, too_many_skips
 from distill.features import probe_batches, write_features
+from distill.gaps import GapWarning
 from distill.loader import RankBatches
-from distill.metrics import GAP_METRIC, GapWarning, MetricsFile, console_line
 from distill.skipped import SkippedSamples
-from distill.step import Loop, Outcome, take_step
-from teacher_cache.progress import Progress, progress
+from distill.step import Loop, Outcome, measures_gap, take_step
+from distill.step_log import StepLog, open_step_log
+from distill.validation import validate
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ def run_steps(loop: Loop) -> None:
         write_features(loop.engine, probe, loop.directory / "features_first.safetensors", processes=loop.processes)
     with (
         _batches(loop, start=start) as batches,
-        closing(_metrics_file(loop, start=start)) as metrics,
         closing(_faults_file(loop, start=start)) as faults,
-        _progress(loop, start=start) as bar,
+        _log(loop, start=start) as log,
     ):
+        _catch_up(loop, log, step=start)
         for step in range(start, loop.max_steps):
             _expect(loop, f"step {step + 1}", is_slow=step == start)
             outcome = take_step(loop, batches, step=step, state=state, skipped=skipped)
@@ -57,10 +57,8 @@ def run_steps(loop: Loop) -> None:
                 _save(loop, position, saved=saved)
                 _stop(loop, step=step)
             state = outcome.state
-            metrics.write(outcome.record)
+            log.write({**outcome.record, **_scores(loop, step=step + 1)})
             _report(loop, outcome, gap_warning=gap_warning)
-            if bar is not None:
-                bar.update(1, **_short(outcome.record))
             if outcome.fault is None:
                 position = Position(step=step + 1, faults=state)
             else:
@@ -83,18 +81,39 @@ def _announce(loop: Loop) -> None:
             "the teacher's answer rows does not either. Keep it at 1 unless this is an ablation",
             loop.label,
         )
-    if spec.with_recalibrator and loop.config.micro_batch_size == 1:
-        logger.warning(
-            "%s: the question-shuffle gap is not measured: it swaps rows within a micro-batch, and micro_batch_size "
-            "is 1. Set it to 2 or more to see whether the Recalibrator listens to the student",
-            loop.label,
-        )
 
 
-def _progress(loop: Loop, *, start: int) -> AbstractContextManager[Progress | None]:
-    if loop.processes.rank > 0:
-        return nullcontext()
-    return progress(total=loop.max_steps, initial=start, unit="step", description=loop.label)
+def _log(loop: Loop, *, start: int) -> AbstractContextManager[StepLog]:
+    watching = loop.watching
+    return open_step_log(
+        loop.directory,
+        place=watching.place,
+        label=loop.label,
+        start=start,
+        max_steps=loop.max_steps,
+        interval_steps=loop.train.log_interval_steps,
+        sections=watching.monitors,
+        processes=loop.processes,
+    )
+
+
+def _scores(loop: Loop, *, step: int) -> dict[str, float]:
+    """Return the student's scores where they are due after a step, unless a signal asks to stop."""
+    validation = loop.watching.validation
+    if validation is None or not validation.is_due(step, max_steps=loop.max_steps):
+        return {}
+    if step < loop.max_steps and loop.processes.sum([float(loop.signals.received > 0)])[0]:
+        return {}
+    _expect(loop, f"the validation after step {step}", is_slow=True)
+    return validate(validation, loop.engine, processes=loop.processes, label=f"{loop.label} step {step}")
+
+
+def _catch_up(loop: Loop, log: StepLog, *, step: int) -> None:
+    """Score the student before the first step, or after the one resumed from where a stop came before its scores."""
+    if loop.processes.sum([float(step in log.measured)])[0]:
+        return
+    if scores := _scores(loop, step=step):
+        log.write({"global_step": step, **scores})
 
 
 def _expect(loop: Loop, what: str, *, is_slow: bool) -> None:
@@ -138,11 +157,6 @@ def _skipped(loop: Loop, *, start: int) -> SkippedSamples:
     )
 
 
-def _metrics_file(loop: Loop, *, start: int) -> MetricsFile:
-    path = loop.directory / "metrics.jsonl" if loop.processes.rank == 0 else None
-    return MetricsFile(path, start_step=start)
-
-
 def _faults_file(loop: Loop, *, start: int) -> FaultsFile:
     path = loop.directory / "faults.jsonl" if loop.processes.rank == 0 else None
     return FaultsFile(path, start_step=start)
@@ -155,14 +169,8 @@ def _report(loop: Loop, outcome: Outcome, *, gap_warning: GapWarning) -> None:
     step = int(outcome.record["global_step"])
     if outcome.fault is not None:
         logger.warning("%s step %d: no update is made: %s", loop.label, step, outcome.fault)
-    elif step % loop.train.log_interval_steps == 0 or step == loop.max_steps:
-        logger.info(console_line(loop.label, max_steps=loop.max_steps, record=outcome.record))
-    if GAP_METRIC in outcome.record:
+    elif measures_gap(loop, step=step - 1):
         gap_warning.check(outcome.record, step=step)
-
-
-def _short(record: Mapping[str, float]) -> dict[str, str]:
-    return {"loss": f"{record['train/loss']:.4f}"} if "train/loss" in record else {}
 
 
 def _save(loop: Loop, position: Position, *, saved: Position) -> Position:

@@ -16,7 +16,6 @@ import torch
 from distill.processes import Processes
 from teacher_cache.errors import ConfigError
 
-SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
 FOLDERS = {"tensorboard": "tensorboard", "csv_monitor": "csv"}
 """Sections that write files, and the folder of a run in which they do where the section names none."""
 
@@ -40,22 +39,6 @@ class Monitors:
         """Log the metrics of one step under their own names."""
         if self._master is not None:
             self._master.write_events([(name, float(value), step) for name, value in metrics.items() if "/" in name])
-
-
-def monitor_sections(deepspeed_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the enabled monitor sections of a DeepSpeed configuration.
-
-    Raises:
-        ConfigError: A section holds a key, which would be written into the run's files.
-    """
-    sections = {name: dict(deepspeed_config[name]) for name in SECTIONS if name in deepspeed_config}
-    for name, section in sections.items():
-        if "api_key" in section:
-            raise ConfigError(
-                f"the DeepSpeed section {name} holds an api_key, which would be copied into the run's files: set it "
-                "in the environment instead (WANDB_API_KEY, COMET_API_KEY)"
-            )
-    return {name: section for name, section in sections.items() if section.get("enabled", False)}
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from recalibrator import Recalibrator
 from teacher_cache.errors import ConfigError
 from teacher_cache.schema import TeacherHead
 
-Task = Literal["losses", "question_shuffle", "features"]
+Task = Literal["losses", "question_shuffle", "features", "answer_nats", "generate"]
 
 
 class Totals(NamedTuple):
@@ -117,16 +117,30 @@ class StageModel(nn.Module):
             self.recalibrator.eval()
         return self
 
-    def forward(self, batch: Batch, *, task: Task = "losses", counts: Counts | None = None) -> Any:
+    def forward(
+        self,
+        batch: Batch | None = None,
+        *,
+        task: Task = "losses",
+        counts: Counts | None = None,
+        prompts: dict[str, Any] | None = None,
+    ) -> Any:
         """Run one micro-batch.
 
         Args:
             batch: The micro-batch.
             task: ``losses`` gives StageLosses; ``question_shuffle`` ShuffleSums; ``features`` mean-pooled features per
-                sample.
+                sample; ``answer_nats`` the summed cross-entropy of the student's own answers; ``generate`` token ids.
             counts: Supervised tokens of the *global* batch (A11), for ``losses``.
+            prompts: What the student's ``generate`` takes, for ``generate``, which needs no batch.
         """
+        if task == "generate":
+            assert prompts is not None
+            return self.student.generate(**prompts)  # type: ignore[operator]
+        assert batch is not None
         hidden_states = self._student_rows(batch)
+        if task == "answer_nats":
+            return self._answer_nats(batch, hidden_states)
         student_rows = hidden_states.index_select(0, _recalibrated_rows(batch))
         if task == "question_shuffle":
             return self._question_shuffle(batch, student_rows)
@@ -169,14 +183,29 @@ class StageModel(nn.Module):
 
     def _student_losses(self, batch: Batch, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         rows = hidden_states.index_select(0, batch.student.predicting_rows)
-        module = self.student.get_output_embeddings()
-        head = LinearHead(weight=module.weight, bias=getattr(module, "bias", None), **self.student_logits)
+        head = self._student_head()
         try:
             return self._answer_losses(batch, rows, head)
         except BadRows as error:
             self.refusals.append(str(error))
             nan = nan_of(rows, head.weight, head.bias)
             return nan, nan
+
+    def _student_head(self) -> LinearHead:
+        module = self.student.get_output_embeddings()
+        return LinearHead(weight=module.weight, bias=getattr(module, "bias", None), **self.student_logits)
+
+    def _answer_nats(self, batch: Batch, hidden_states: Tensor) -> Float[Tensor, ""]:
+        rows, head, inputs = (
+            hidden_states.index_select(0, batch.student.predicting_rows),
+            self._student_head(),
+            batch.student,
+        )
+        try:
+            ce = linear_ce(rows, weight=head.weight, bias=head.bias, labels=inputs.labels, **self.student_logits)
+        except BadRows:
+            return nan_of(rows).double()
+        return (ce.double() * inputs.weights).sum()
 
     def _answer_losses(self, batch: Batch, rows: Tensor, head: LinearHead) -> tuple[Tensor, Tensor]:
         inputs, targets = batch.student, batch.logit_targets

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,17 @@ from distill.config import STAGES, StageConfig, TrainConfig
 from distill.data import JoinedData, RankBatch
 from distill.engine import Engine
 from distill.faults import Fault, FaultState, Share, find_fault, finite, gather
+from distill.gaps import question_shuffle_gap
 from distill.loader import RankBatches
-from distill.metrics import gap_metrics, learning_rate, loss_metrics
+from distill.metrics import learning_rate, loss_metrics
 from distill.order import SampleOrder
 from distill.processes import Processes
 from distill.signals import Interrupted, Signals
 from distill.skipped import SkippedSamples
-from distill.stages import Counts, ShuffleSums, StageLosses, Totals, batch_counts
+from distill.stages import Counts, StageLosses, Totals, batch_counts
+from distill.throughput import StepClock, step_work, throughput_metrics
 from distill.watchdog import Watchdog
+from distill.watching import Watching
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Loop:
     processes: Processes
     signals: Signals
     watchdog: Watchdog
+    watching: Watching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,6 @@ class Forwarded:
     counts: Counts
     totals: dict[str, float]
     """By the names of `Totals`."""
-    tokens: float
     share: Share
     """This process's samples: those whose losses are not finite, all where there are none."""
     is_suspect: bool
@@ -89,8 +91,7 @@ def take_step(
     loop: Loop, batches: RankBatches, *, step: int, state: FaultState, skipped: SkippedSamples
 ) -> Outcome | None:
     """Take one step; None where a signal to any process came before it began: nothing is changed then."""
-    began = time.perf_counter()
-    waited_s = batches.waited_s
+    clock, waited_s = StepClock(loop.processes.device), batches.waited_s
     part = _wait(loop, batches)
     agreed = _agree(loop, part)
     if agreed is None:
@@ -98,32 +99,34 @@ def take_step(
     if agreed.skips:
         skipped.add(itertools.chain(*gather(part.skipped, loop.processes)), step=step + 1)
     micro_batches = batches.on_device(part.micro_batches, num=agreed.micro_batches)
-    forwarded = _accumulate(loop, part, micro_batches, counts=agreed.counts, step=step)
+    forwarded = _accumulate(loop, part, micro_batches, counts=agreed.counts, step=step, clock=clock)
     losses = loss_metrics(forwarded.totals, agreed.counts, spec=loop.data.spec)
     rate = learning_rate(loop.config, step=step, max_steps=loop.max_steps)
-    norm = loop.engine.gradient_norm()
+    with clock.part("optimizer"):
+        norm = loop.engine.gradient_norm()
     fault = _find_fault(loop, forwarded, state=state, loss=losses["train/loss"], norm=norm, step=step)
     if fault is None:
-        loop.engine.step(learning_rate=rate)
+        with clock.part("optimizer"):
+            loop.engine.step(learning_rate=rate)
         state = state.made(losses["train/loss"], norm, window=loop.train.faults.spike_window)
     else:
         loop.engine.discard()
         state = state.skipped()
-    step_s = time.perf_counter() - began
+    watching = loop.watching
+    work = step_work(part.micro_batches, flops=watching.flops, waited_s=batches.waited_s - waited_s)
     record = {
         "global_step": step + 1,
         **losses,
         "optim/lr": rate,
         "optim/grad_norm": norm,
         "optim/skipped_updates": state.skipped_updates,
-        "throughput/tokens_per_s": forwarded.tokens / step_s,
-        "throughput/samples_per_s": loop.config.global_batch_size / step_s,
-        "data/wait_fraction": (batches.waited_s - waited_s) / step_s,
         "data/skipped_samples": len(skipped),
-        "time/step_s": step_s,
+        **throughput_metrics(work, seconds=clock.read(), processes=loop.processes, peak_tflops=watching.peak_tflops),
     }
-    if fault is None and _measures_gap(loop, step=step):
-        record |= _question_shuffle_gap(loop, batches, part)
+    if fault is None and measures_gap(loop, step=step):
+        most = max(part.micro_batches, key=lambda batch: len(batch.sample_ids), default=None)
+        (batch,) = batches.on_device([most] if most else [], num=1)
+        record |= question_shuffle_gap(loop.engine, batch, processes=loop.processes)
     return Outcome(record=_finite_only(record), state=state, fault=fault)
 
 
@@ -149,7 +152,9 @@ def _agree(loop: Loop, part: RankBatch) -> Agreement | None:
     return Agreement(counts=Counts(*sums), micro_batches=max(1, int(everyone[:, -3].max())), skips=int(skips))
 
 
-def _accumulate(loop: Loop, part: RankBatch, micro_batches: Iterable[Batch], *, counts: Counts, step: int) -> Forwarded:
+def _accumulate(
+    loop: Loop, part: RankBatch, micro_batches: Iterable[Batch], *, counts: Counts, step: int, clock: StepClock
+) -> Forwarded:
     """Run forward and backward over a process's micro-batches; losses that are not finite go through like others."""
     processes, model = loop.processes, loop.engine.model
     # dropout is a function of step and process, also after a resume
@@ -159,8 +164,10 @@ def _accumulate(loop: Loop, part: RankBatch, micro_batches: Iterable[Batch], *, 
     model.refusals.clear()
     parts = []
     for batch in micro_batches:
-        losses: StageLosses = loop.engine.forward(batch=batch, counts=counts)
-        loop.engine.backward(losses.loss)
+        with clock.part("forward"):
+            losses: StageLosses = loop.engine.forward(batch=batch, counts=counts)
+        with clock.part("backward"):
+            loop.engine.backward(losses.loss)
         parts.append(torch.stack(list(losses.totals)))
     totals = torch.stack(parts)
     good = totals.isfinite().all(1).tolist()
@@ -170,12 +177,10 @@ def _accumulate(loop: Loop, part: RankBatch, micro_batches: Iterable[Batch], *, 
         sample_ids=tuple(id_ for batch in suspects or part.micro_batches for id_ in batch.sample_ids),
         reasons=tuple(dict.fromkeys(model.refusals)),
     )
-    tokens = float(sum(batch.num_tokens for batch in part.micro_batches))
-    *sums, all_tokens = processes.sum([*totals.double().sum(0).tolist(), tokens])
+    sums = processes.sum(totals.double().sum(0).tolist())
     return Forwarded(
         counts=counts,
         totals=dict(zip(Totals._fields, sums, strict=True)),
-        tokens=all_tokens,
         share=share,
         is_suspect=bool(suspects),
     )
@@ -200,24 +205,10 @@ def _find_fault(
     )
 
 
-def _measures_gap(loop: Loop, *, step: int) -> bool:
+def measures_gap(loop: Loop, *, step: int) -> bool:
+    """Whether the question-shuffle gap is measured with a step."""
     due = (step + 1) % loop.train.shuffle_gap_interval_steps == 0 or step + 1 == loop.max_steps
-    return due and loop.data.spec.with_recalibrator and loop.config.micro_batch_size > 1
-
-
-def _question_shuffle_gap(loop: Loop, batches: RankBatches, part: RankBatch) -> dict[str, float]:
-    """Return what the neighbours' rows cost, over the micro-batch of every process that has the most samples."""
-    most = max(part.micro_batches, key=lambda batch: len(batch.sample_ids), default=None)
-    (batch,) = batches.on_device([most] if most else [], num=1)
-    loop.engine.model.eval()
-    with torch.no_grad():
-        sums = loop.engine.forward(batch=batch, task="question_shuffle")
-    own = [*torch.stack(list(sums)).double().tolist(), *batch_counts(batch)]
-    # a sample alone has no neighbour
-    summed = loop.processes.sum(own if len(batch.sample_ids) > 1 else [0.0] * len(own))
-    totals = dict(zip(ShuffleSums._fields, summed, strict=False))
-    counts = Counts(*summed[len(totals) :])
-    return gap_metrics(totals, counts) if counts.answer_tokens else {}
+    return due and loop.data.spec.with_recalibrator
 
 
 def _finite_only(record: Mapping[str, float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from distill.batch import Batch
 from distill.model_flops import ModelFlops
 from distill.processes import Processes
 
-Part = Literal["wait", "forward", "backward", "optimizer"]
+Part = Literal["forward", "backward", "optimizer"]
 
 GIB = 2**30
 PEAK_BFLOAT16_TFLOPS = {
@@ -42,7 +42,7 @@ class StepClock:
     @contextmanager
     def part(self, name: Part) -> Iterator[None]:
         """Count the block to a part of the step."""
-        if self.device.type == "cuda" and name != "wait":
+        if self.device.type == "cuda":
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             yield
@@ -75,18 +75,19 @@ class StepWork:
     """Of the student's sequences, without padding and fillers."""
     grid: int
     """With them."""
+    waited_s: float
+    """For data."""
     flops: float
     """0 where the model's cannot be told."""
 
 
-def step_work(batches: Sequence[Batch], *, flops: ModelFlops | None) -> StepWork:
+def step_work(batches: Sequence[Batch], *, flops: ModelFlops | None, waited_s: float) -> StepWork:
     """Return what a process's micro-batches of one step amount to."""
-    masks = [batch.student.attention_mask for batch in batches]
     return StepWork(
         samples=sum(len(batch.sample_ids) for batch in batches),
-        # fillers come last
-        tokens=sum(int(mask[: len(b.sample_ids)].sum()) for mask, b in zip(masks, batches, strict=True)),
-        grid=sum(mask.numel() for mask in masks),
+        tokens=sum(batch.num_tokens for batch in batches),
+        grid=sum(batch.student.attention_mask.numel() for batch in batches),
+        waited_s=waited_s,
         flops=0.0 if flops is None else sum(flops.of_batch(batch) for batch in batches),
     )
 
@@ -99,6 +100,7 @@ def throughput_metrics(
     Work is summed. Times and memory are those of the process with the most: the others wait for it.
     """
     memory = memory_gib(processes.device)
+    seconds = {"wait": work.waited_s, **seconds}
     mine = [work.samples, work.tokens, work.grid, work.flops, *seconds.values(), *memory.values()]
     everyone = processes.gather(mine)
     samples, tokens, grid, flops = (sum(values[index] for values in everyone) for index in range(4))
@@ -118,7 +120,7 @@ def throughput_metrics(
     return {
         **metrics,
         "data/wait_fraction": slowest["wait"] / step_s,
-        "data/padding_fraction": 1 - tokens / grid,
+        "data/padding_fraction": 1 - tokens / max(grid, 1),
         **{f"time/{part}_s": value for part, value in slowest.items() if part != "wait"},
         **dict(zip(memory, most[len(seconds) :], strict=True)),
     }

@@ -26,6 +26,7 @@ from distill.stages import StageModel
 from distill.step import Loop
 from distill.student import load_student, resolve_model
 from distill.watchdog import Watchdog
+from distill.watching import watch_stage
 from distill.zero import launched_processes, make_engine
 from recalibrator import Recalibrator, RecalibratorConfig
 from teacher_cache import open_cache
@@ -185,6 +186,15 @@ def _run_stage(job: Job, stage: Stage) -> bool:
                 processes=job.processes,
                 signals=job.signals,
                 watchdog=job.watchdog,
+                watching=watch_stage(
+                    stage,
+                    student=job.student,
+                    train=job.train,
+                    model=engine.model,
+                    base=job.base,
+                    output_dir=job.output_dir,
+                    processes=job.processes,
+                ),
             )
         )
         export_student(

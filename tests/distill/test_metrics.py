@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill.config import DistillConfig
-from distill.metrics import BOUNDARY_GAP_METRIC, GAP_METRIC, REST_GAP_METRIC, GapWarning, gap_metrics
+from distill.gaps import BOUNDARY_GAP_METRIC, GAP_METRIC, REST_GAP_METRIC, GapWarning, gap_metrics
 from distill.stages import Counts
 from distill.trainer import train_student
 from teacher_cache.config import CacheConfig

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill.batch import Batch
 from distill.config import AlignConfig, RecalibratorOptions, TrainConfig
-from distill.metrics import BOUNDARY_GAP_METRIC, REST_GAP_METRIC, gap_metrics
+from distill.gaps import BOUNDARY_GAP_METRIC, REST_GAP_METRIC, gap_metrics
 from distill.stages import StageModel, batch_counts
 from distill.stand_ins import StandIns, choose_stand_ins, other_stand_ins
 from recalibrator.joint_sequence import JointSequence
