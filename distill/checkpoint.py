@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.engine import Engine
 from distill.processes import Processes
 from teacher_cache.documents import decode_document, encode_document
@@ -104,6 +106,22 @@ def find_checkpoint(
             "restart the stage"
         )
     return None
+
+
+def intact_checkpoint(directory: Path) -> Checkpoint:
+    """Return the newest checkpoint of a folder whose files are all as they were committed, whichever run it is of.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    lone = Processes(rank=0, world_size=1, device=torch.device("cpu"))
+    tags = committed_tags(directory)
+    for tag in reversed(tags):
+        checkpoint = read_checkpoint(tag)
+        if checkpoint is not None and not damaged_files(checkpoint, lone):
+            return checkpoint
+        logger.warning("checkpoint %s is damaged: falling back to the one before it", tag)
+    raise CheckpointError(f"{len(tags)} checkpoints in {directory}, none of them intact")
 
 
 def require_same_run(*, stored: dict[str, Any], asked: dict[str, Any], where: Path) -> None:

@@ -9,7 +9,7 @@ from teacher_cache.teacher_checkpoint import digest_files
 
 FREE_OF_STUDENT = frozenset({"name", "model", "revision", "max_skipped_samples", "trust_remote_code"})
 """Where the student lies and what is put up with; the contents of its files count."""
-FREE_OF_STAGE = frozenset({"micro_batch_size"})
+FREE_OF_STAGE = frozenset({"micro_batch_size", "micro_batch_tokens"})
 """How a global batch is cut into passes."""
 FREE_OF_TRAINING = frozenset(
     {
@@ -25,7 +25,9 @@ FREE_OF_TRAINING = frozenset(
         "slow_timeout_s",
         "log_interval_steps",
         "shuffle_gap_interval_steps",
+        "validation",
         "encoding_cache_mib",
+        "data_workers",
     }
 )
 """Layout, intervals and limits. ``faults`` is among them so that a run that stopped for its updates can go on."""

@@ -97,7 +97,12 @@ COMMANDS = {
     "export": Command(
         target="launch.train_commands:export_command",
         arguments="CHECKPOINT OUT",
-        help="copy a finished stage's student as a Hugging Face directory",
+        help="write the student of a stage or of a checkpoint as a Hugging Face directory",
+    ),
+    "reshard": Command(
+        target="launch.train_commands:reshard_command",
+        arguments="RUN/training/STUDENT/STAGE",
+        help="make a checkpoint readable by another number of processes",
     ),
     "report": Command(
         target="launch.report:report_command",

@@ -1,4 +1,4 @@
-"""`genrecal train`, `eval` and `export`."""
+"""`genrecal train`, `eval`, `export` and `reshard`."""
 
 import argparse
 import hashlib
@@ -77,17 +77,35 @@ def evaluate_run(config: RunConfig) -> dict[str, object]:
 
 
 def export_command(argv: Sequence[str]) -> int:
-    """Copy the student that a finished stage left behind to a directory of its own."""
+    """Write the student of a finished stage, or of a checkpoint in the middle of one, to a directory of its own."""
     if len(argv) != 2:
-        raise ConfigError("genrecal export takes two arguments: genrecal export RUN/training/STUDENT/STAGE OUT")
-    stage, target = Path(argv[0]), Path(argv[1])
-    source = stage / "export" if (stage / "export").is_dir() else stage
-    if not (source / "config.json").is_file():
-        raise DataError(f"no finished student in {stage}: expected export/config.json of a stage that is done")
+        raise ConfigError(
+            "genrecal export takes two arguments: genrecal export RUN/training/STUDENT/STAGE OUT, or "
+            "RUN/training/STUDENT/STAGE/checkpoints/STEP OUT"
+        )
+    source, target = Path(argv[0]), Path(argv[1])
     if target.exists():
         raise DataError(f"{target} exists already: choose another directory")
-    shutil.copytree(source, target)
-    print(f"wrote {target}")
+    finished = source / "export" if (source / "export").is_dir() else source
+    if (finished / "config.json").is_file():
+        shutil.copytree(finished, target)
+    elif (source / "COMMIT.json").exists() or (source / "checkpoints").is_dir():
+        from distill.export_checkpoint import export_checkpoint
+
+        source = export_checkpoint(source, target)
+    else:
+        raise DataError(f"no student in {source}: expected a stage's folder or one of its checkpoints")
+    print(f"wrote {target} from {source}")
+    return 0
+
+
+def reshard_command(argv: Sequence[str]) -> int:
+    """Make a stage's newest checkpoint readable by any number of processes."""
+    if len(argv) != 1:
+        raise ConfigError("genrecal reshard takes one argument: genrecal reshard RUN/training/STUDENT/STAGE")
+    from distill.reshard import reshard
+
+    print(f"readable by any number of processes: {reshard(Path(argv[0]))}")
     return 0
 
 
