@@ -52,7 +52,17 @@ TRAINED_TEACHER = Path(__file__).parent / "teacher"
 TEACHER_STEPS = 3000
 
 
-def train_model(spec: ModelSpec, path: Path, *, name: str, steps: int, vision_steps: int, data_seed: int) -> None:
+def train_model(
+    spec: ModelSpec,
+    path: Path,
+    *,
+    name: str,
+    steps: int,
+    vision_steps: int,
+    data_seed: int,
+    max_digits: int | None = None,
+    half_precision: bool = True,
+) -> None:
     """Train a model of a spec and write its Hugging Face directory; a killed call goes on where it was.
 
     Args:
@@ -62,6 +72,8 @@ def train_model(spec: ModelSpec, path: Path, *, name: str, steps: int, vision_st
         steps: Supervised steps.
         vision_steps: Steps of the vision encoder before them.
         data_seed: Seed of the split into training and test digits.
+        max_digits: Learn from so many of the handwritten training digits; by default from all.
+        half_precision: As in `SupervisedPlan`.
     """
     if path.exists():
         return
@@ -79,7 +91,9 @@ def train_model(spec: ModelSpec, path: Path, *, name: str, steps: int, vision_st
     processor = AutoProcessor.from_pretrained(working)
     model = AutoModelForImageTextToText.from_pretrained(working, attn_implementation="eager")
     images, _ = split_digits(seed=data_seed)
-    plan = SupervisedPlan(steps=steps, vision_steps=vision_steps, seed=data_seed)
+    if max_digits is not None:
+        images = replace(images, pixels=images.pixels[:max_digits], labels=images.labels[:max_digits])
+    plan = SupervisedPlan(steps=steps, vision_steps=vision_steps, seed=data_seed, half_precision=half_precision)
     checkpoint = working / "training.safetensors"
     train_supervised(model, processor=processor, images=images, plan=plan, checkpoint=checkpoint, name=name)
     # rounded once here, so that what is kept in two bytes per weight is exactly what was evaluated

@@ -10,7 +10,7 @@ from launch.demo.make_models import STUDENTS, TEACHER, TRAINED_TEACHER, copy_tra
 from launch.demo.run import QUICK, make_inputs
 from launch.demo.supervised import (
     CHECKPOINT_INTERVAL_STEPS,
-    HalfPrecisionTrainer,
+    SupervisedTrainer,
     SupervisedPlan,
     train_supervised,
 )
@@ -88,15 +88,15 @@ def test_a_run_continued_from_its_checkpoint_gives_the_same_weights(
     class Killed(Exception):
         pass
 
-    original = HalfPrecisionTrainer.step
+    original = SupervisedTrainer.step
 
-    def step(self: HalfPrecisionTrainer, batch: object, *, encoder: object, step: int) -> float:
+    def step(self: SupervisedTrainer, batch: object, *, encoder: object, step: int) -> float:
         if step == 11:
             raise Killed
         return original(self, batch, encoder=encoder, step=step)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(HalfPrecisionTrainer, "step", step)
+        patch.setattr(SupervisedTrainer, "step", step)
         with pytest.raises(Killed):
             run(tmp_path / "killed.safetensors")
     losses, weights = run(tmp_path / "killed.safetensors")
