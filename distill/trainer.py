@@ -27,7 +27,7 @@ from distill.step import Loop
 from distill.student import load_student, resolve_model
 from distill.watchdog import Watchdog
 from distill.watching import watch_stage
-from distill.zero import launched_processes, make_engine
+from distill.zero import check_before_start, launched_processes, make_engine
 from recalibrator import Recalibrator, RecalibratorConfig
 from teacher_cache import open_cache
 from teacher_cache.chat import load_processor
@@ -108,6 +108,7 @@ def train_student(
         SystemExit: 128 + n after signal n, once a checkpoint is written.
     """
     chosen = choose_stages(stages, student=student, train=train)
+    check_before_start(train, stages=chosen, dtype=student.dtype)
     with (
         launched_processes(backend=train.backend, num_processes=train.num_processes) as processes,
         noted_signals() as signals,

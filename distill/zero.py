@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO-3: the one place that builds its configuration, its process group and its engine."""
+"""DeepSpeed ZeRO-3: the one place that makes its engine, in the process group of the launch."""
 
 import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,15 @@ from torch import Tensor, nn
 
 from distill.config import Backend, Stage, TrainConfig
 from distill.engine import Engine, PartitionReport, TorchEngine, set_learning_rate
-from distill.processes import Processes, launch_environment
+from distill.preflight import check_machine
+from distill.processes import Processes, launch_environment, require_visible_gpu
+from distill.rendezvous import ARRIVAL_TIMEOUT_S, join_process_group
+from distill.reshard import is_resharded, load_resharded
 from distill.stages import StageModel
+from distill.zero_config import deepspeed_config
 from teacher_cache.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-OWN_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "managed_gradient_accumulation",
-    "gradient_clipping",
-    "gradient_allreduce_op",
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bf16",
-)
 
 
 @contextlib.contextmanager
@@ -50,11 +41,8 @@ def launched_processes(*, backend: Backend, num_processes: int) -> Iterator[Proc
         )
     if backend == "torch" and world_size > 1:
         raise ConfigError(f"backend torch trains in one process, but {world_size} were launched: use backend zero3")
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(environment["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    initialised = backend == "zero3" and _init_distributed(environment)
+    device = _own_device(int(environment["LOCAL_RANK"]))
+    initialised = backend == "zero3" and _init_distributed(environment, device=device)
     try:
         yield Processes(rank=int(environment["RANK"]), world_size=world_size, device=device)
     finally:
@@ -63,6 +51,18 @@ def launched_processes(*, backend: Backend, num_processes: int) -> Iterator[Proc
 
             deepspeed.comm.destroy_process_group()
             deepspeed.comm.comm.cdb = None
+
+
+def check_before_start(train: TrainConfig, *, stages: Sequence[Stage], dtype: str) -> None:
+    """Check the settings of the stages, and this machine, before anything is loaded.
+
+    Raises:
+        ConfigError: DeepSpeed's configuration contradicts a stage, or needs what this machine does not have.
+    """
+    if train.backend == "zero3":
+        for stage in stages:
+            config = deepspeed_config(stage, train=train, dtype=dtype, num_trained=1)
+        check_machine(config, environment=os.environ)
 
 
 def make_engine(model: StageModel, *, stage: Stage, train: TrainConfig, dtype: str, processes: Processes) -> Engine:
@@ -135,7 +135,10 @@ class ZeroEngine:
 
     def load(self, directory: Path) -> None:
         """Read this process's shares."""
-        self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        if is_resharded(directory):
+            load_resharded(self._engine, self.model, directory, processes=self._processes)
+        else:
+            self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
 
     def gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[None]:
         """Gather one parameter."""
@@ -160,49 +163,6 @@ class ZeroEngine:
         self._engine.destroy()
 
 
-def deepspeed_config(stage: Stage, *, train: TrainConfig, dtype: str, num_trained: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration for one stage.
-
-    Raises:
-        ConfigError: The element type is float16, or an override touches our own keys.
-    """
-    if dtype == "float16":
-        raise ConfigError(
-            "training in float16 needs loss scaling, which is not supported: set the student's dtype to bfloat16"
-        )
-    refused = sorted(set(train.zero.overrides) & set(OWN_KEYS))
-    if refused:
-        raise ConfigError(f"train.zero.overrides sets {', '.join(refused)}: these follow from the stage's own settings")
-    config = train.stage(stage)
-    own = {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        # a step has as many micro-batches as it needs: the caller says when it is complete
-        "managed_gradient_accumulation": False,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.gradient_clipping,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": config.learning_rate,
-                "betas": list(config.adam_betas),
-                "eps": config.adam_epsilon,
-                "weight_decay": config.weight_decay,
-                # the fused one is compiled at start-up
-                "torch_adam": True,
-            },
-        },
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "zero_optimization": {
-            "stage": 3,
-            "stage3_param_persistence_threshold": train.zero.persistence_threshold,
-            "reduce_bucket_size": min(num_trained, 500_000_000),
-        },
-        "checkpoint": {"tag_validation": "Fail"},
-        "steps_per_print": 2**31,
-    }
-    return _merge(own, train.zero.overrides)
-
-
 def leaf_modules(model: StageModel, *, max_parameters: int) -> list[nn.Module]:
     """Return the largest frozen modules of the student to gather whole; what is not called itself is looked into.
 
@@ -223,23 +183,34 @@ def leaf_modules(model: StageModel, *, max_parameters: int) -> list[nn.Module]:
     return list(search(model.student.base_model))
 
 
-def _init_distributed(environment: Mapping[str, str]) -> bool:
+def _own_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    require_visible_gpu(local_rank, num_gpus=torch.cuda.device_count(), environment=os.environ)
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _init_distributed(environment: Mapping[str, str], *, device: torch.device) -> bool:
+    """Make a process group unless there is one; return whether it was made."""
     import deepspeed
+    from deepspeed.constants import default_pg_timeout
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
-    if torch.distributed.is_initialized():
-        return False
-    os.environ.update(environment)
     # compiled at start-up where it is offered; training does not use it
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if torch.distributed.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+        return False
+    os.environ.update(environment)
+    join_process_group(
+        environment,
+        backend=deepspeed.get_accelerator().communication_backend_name(),
+        device=device,
+        timeout=default_pg_timeout,
+        arrival_timeout_s=ARRIVAL_TIMEOUT_S,
+    )
     deepspeed.init_distributed(verbose=False)
     return True
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged

@@ -1,4 +1,4 @@
-"""Launch environments, DeepSpeed's configuration, and ZeRO-3 over two processes against the torch backend."""
+"""ZeRO-3 over two processes against the torch backend."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from distill.config import Stage, StudentConfig, TrainConfig
-from distill.processes import Processes, launch_environment
+from distill.processes import Processes
 from distill.trainer import train_student
-from distill.zero import deepspeed_config, launched_processes
-from teacher_cache.errors import CheckpointError, ConfigError
+from distill.zero import launched_processes
+from teacher_cache.errors import ConfigError
 from tests.distill.engine_runs import EngineRun, run_uneven_steps
 from tests.distill.small_cache import build_small_cache, write_data
 from tests.distill.small_runs import GAPS
@@ -22,31 +22,6 @@ from tests.distill.zero_scenarios import OTHER_METHODS
 
 STAGES = ("align", "distill", "finetune")
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
-
-
-def test_a_lone_process_gets_all_variables() -> None:
-    environment = launch_environment({"MASTER_ADDR": "somewhere"})
-    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
-    assert int(environment["MASTER_PORT"]) > 0
-
-
-def test_a_launchers_variables_are_kept() -> None:
-    assert launch_environment(LAUNCHED | {"OTHER": "x"}) == LAUNCHED
-
-
-@pytest.mark.parametrize("missing", ["LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE"])
-def test_a_partial_environment_names_what_is_missing(missing: str) -> None:
-    partial = {name: value for name, value in LAUNCHED.items() if name != missing}
-    with pytest.raises(ConfigError, match=f"but not {missing}"):
-        launch_environment(partial)
-
-
-def test_srun_tasks_are_ranks() -> None:
-    slurm = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
-    environment = launch_environment(slurm | {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"})
-    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("3", "4", "1")
-    with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        launch_environment(slurm)
 
 
 def test_another_number_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,35 +34,6 @@ def test_another_number_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="backend torch"), launched_processes(backend="torch", num_processes=2):
         pass
-
-
-def config(train: TrainConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
-    return deepspeed_config("align", train=train, dtype=dtype, num_trained=1000)
-
-
-def test_deepspeed_configuration_follows_from_the_stage() -> None:
-    stage = {"gradient_clipping": 0.5, "weight_decay": 0.1}
-    built = config(TrainConfig.model_validate({"align": stage}))
-    assert built["managed_gradient_accumulation"] is False
-    assert built["gradient_clipping"] == 0.5
-    assert built["optimizer"]["params"]["torch_adam"]
-    assert built["optimizer"]["params"]["weight_decay"] == 0.1
-    assert built["bf16"]["enabled"]
-    assert built["zero_optimization"]["stage"] == 3
-
-
-def test_overrides_are_merged_but_our_own_keys_are_refused() -> None:
-    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    built = config(TrainConfig.model_validate({"zero": {"overrides": offload}}))
-    assert built["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
-    assert built["zero_optimization"]["stage"] == 3
-    with pytest.raises(ConfigError, match="gradient_clipping"):
-        config(TrainConfig.model_validate({"zero": {"overrides": {"gradient_clipping": 3}}}))
-
-
-def test_float16_is_refused() -> None:
-    with pytest.raises(ConfigError, match="bfloat16"):
-        config(TrainConfig(), dtype="float16")
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -189,6 +135,8 @@ def test_unequal_numbers_of_micro_batches_equal_one_torch_process(
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
     assert found.norms == pytest.approx(expected.norms, rel=1e-5)
     for name, parameter in expected.parameters.items():
+        if name.endswith("k_proj.bias"):  # its gradient is 0 but for rounding, which Adam divides by itself
+            continue
         torch.testing.assert_close(found.parameters[name], parameter, rtol=1e-4, atol=2e-6, msg=name)
 
 
@@ -209,17 +157,20 @@ def test_parameters_are_partitioned(launched: tuple[Path, dict[str, Any]]) -> No
         assert report["held"] == pytest.approx(report["parameters"] / 2, rel=0.01)
 
 
-def test_another_world_size_is_refused_by_name(launched: tuple[Path, dict[str, Any]]) -> None:
+def test_a_finished_training_is_not_repeated_by_another_number_of_processes(
+    launched: tuple[Path, dict[str, Any]],
+) -> None:
     folder, inputs = launched
     from teacher_cache.config import CacheConfig
 
-    with pytest.raises(CheckpointError, match="world_size: stored 2, asked 1"):
-        train_student(
-            cache=CacheConfig.model_validate(inputs["cache"]),
-            student=StudentConfig.model_validate(inputs["student"]),
-            train=TrainConfig.model_validate(settings(backend="torch")),
-            output_dir=folder / "whole",
-        )
+    files = {path: path.stat().st_mtime_ns for path in (folder / "whole").rglob("*.safetensors")}
+    train_student(
+        cache=CacheConfig.model_validate(inputs["cache"]),
+        student=StudentConfig.model_validate(inputs["student"]),
+        train=TrainConfig.model_validate(settings(backend="torch")),
+        output_dir=folder / "whole",
+    )
+    assert {path: path.stat().st_mtime_ns for path in (folder / "whole").rglob("*.safetensors")} == files
 
 
 def test_bfloat16_trains_and_exports_bfloat16(launched: tuple[Path, dict[str, Any]]) -> None:
