@@ -35,6 +35,7 @@ from distill.processes import Processes
 from distill.scoring import SampleRow, bits_per_byte_of, exact_match, reference_answer
 from teacher_cache.chat import Processor, encode_conversation, load_processor
 from teacher_cache.config import DataConfig
+from teacher_cache.errors import DataError, SampleError
 from teacher_cache.prefetch import Prefetch
 from teacher_cache.samples import check_skip_budget, usable_rows
 from teacher_cache.schema import EncodedConversation, Sample, SkippedSample
@@ -83,7 +84,7 @@ def validate(validation: Validation, engine: Engine, *, processes: Processes, la
     """Return the student's scores; every process calls this, and all get the same.
 
     Raises:
-        SampleError: A sample does not fit in the student's ``max_length``.
+        DataError: A sample does not fit in the student's ``max_length``.
     """
     began = time.perf_counter()
     engine.model.eval()
@@ -124,7 +125,14 @@ def _encoded(validation: Validation, samples: Sequence[Sample]) -> tuple[Batch, 
 
 
 def _encode(validation: Validation, sample: Sample) -> EncodedConversation:
-    return replace(encode_conversation(validation.processor, sample, max_length=validation.max_length), images=())
+    try:
+        encoded = encode_conversation(validation.processor, sample, max_length=validation.max_length)
+    except SampleError as error:
+        raise DataError(
+            f"held-out sample {sample.sample_id} of {validation.config.data}: {error}. Raise the student's max_length, "
+            "or take the sample out"
+        ) from error
+    return replace(encoded, images=())
 
 
 def _accuracy(validation: Validation, engine: Engine, *, processes: Processes) -> float:
