@@ -55,7 +55,7 @@ class StudentEncoder:
         self._ending = ending
         self._encoded: dict[str, EncodedConversation | SkippedSample] = {}
 
-    def for_worker(self, ending: Event, *, num_workers: int) -> "StudentEncoder":
+    def for_worker(self, ending: Event | None, *, num_workers: int) -> "StudentEncoder":
         """Return an empty one that is sent to one of some workers, which share its memory."""
         memory_mib = self._memory_mib / num_workers
         return StudentEncoder(self._processor, config=self._config, memory_mib=memory_mib, ending=ending)

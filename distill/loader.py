@@ -28,6 +28,9 @@ from teacher_cache.schema import Sample
 GPU_WORKERS = 4
 """Worker processes where a GPU waits for them and the run file says nothing."""
 
+_IMPORTED_ONCE = [__name__, "transformers.models.auto.processing_auto"]
+"""By the process that worker processes are forked from; it does nothing else."""
+
 Samples = Sequence[Sample | SampleEntry]
 
 
@@ -55,7 +58,13 @@ class RankBatches:
         self._data = data
         self.waited_s = 0.0
         """Seconds for which the caller waited for parts and for their way to the device."""
-        shares = rank_shares(data, order=order, processes=processes, start=start, stop=stop)
+        shares = rank_shares(
+            data,
+            order=order,
+            processes=processes,
+            even_samples=config.micro_batch_tokens is None,
+            steps=range(start, stop),
+        )
         make = _Maker(data=data, micro_batch_size=config.micro_batch_size, micro_batch_tokens=config.micro_batch_tokens)
         num_workers = _num_workers(train, self._device)
         self._source: Prefetch[RankBatch] | _Workers
@@ -105,13 +114,13 @@ class RankBatches:
 
 
 def rank_shares(
-    data: JoinedData, *, order: SampleOrder, processes: Processes, start: int, stop: int
+    data: JoinedData, *, order: SampleOrder, processes: Processes, even_samples: bool, steps: range
 ) -> Iterator[list[Sample | SampleEntry]]:
     """Yield one process's samples of each step."""
-    for step in range(start, stop):
+    for step in steps:
         indices = order.step(step)
-        mine = deal(data.lengths[indices], num_ranks=processes.world_size)[processes.rank]
-        yield [data.samples[index] for index in indices[mine]]
+        shares = deal(data.lengths[indices], num_ranks=processes.world_size, even_samples=even_samples)
+        yield [data.samples[index] for index in indices[shares[processes.rank]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +141,9 @@ class _Workers:
     """Parts from worker processes of torch's DataLoader, at most one ahead per worker."""
 
     def __init__(self, make: _Maker, shares: Iterator[Samples], *, num_workers: int, pin_memory: bool) -> None:
-        # started anew: a copy of this process would hold the locks of threads that it does not have
+        # not forked from this process: a copy of it would hold the locks of threads that it does not have
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(_IMPORTED_ONCE)
         self._ending = context.Event()
         loader: DataLoader[Any] = DataLoader(
             _Parts(make, make.data.encoder.for_worker(self._ending, num_workers=num_workers)),

@@ -1,5 +1,6 @@
 """Which samples form which step, whose they are, and how they are cut into micro-batches. Pure functions."""
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,20 +49,30 @@ class SampleOrder:
         return _permutation((self.seed, STAGES.index(self.stage), epoch), self.num_samples)
 
 
-def deal(lengths: Int[np.ndarray, " samples"], *, num_ranks: int) -> list[Int[np.ndarray, " share"]]:
+def deal(
+    lengths: Int[np.ndarray, " samples"], *, num_ranks: int, even_samples: bool
+) -> list[Int[np.ndarray, " share"]]:
     """Share a global batch out: positions in it per process, in order.
 
-    In rounds, longest first: the longest of a round goes to the process that has the fewest tokens so far. The shares
-    then differ by at most one sample, and by at most the longest sample in their tokens.
+    Longest first, each sample goes to the process that has the fewest tokens so far. The tokens of two shares then
+    differ by at most the longest sample.
+
+    Args:
+        lengths: Tokens of each sample.
+        num_ranks: Processes.
+        even_samples: Deal in rounds in which every process gets one, so that shares differ by at most one sample, and
+            what processes do at the same time is about as long. Tokens are more even without it.
     """
-    longest_first = np.argsort(-lengths, kind="stable")
-    tokens = np.zeros(num_ranks, dtype=np.int64)
-    owner = np.zeros(len(lengths), dtype=np.int64)
-    for start in range(0, len(lengths), num_ranks):
-        dealt = longest_first[start : start + num_ranks]
-        takers = np.argsort(tokens, kind="stable")[: len(dealt)]
-        owner[dealt] = takers
-        tokens[takers] += lengths[dealt]
+    tokens, owner = lengths.tolist(), np.zeros(len(lengths), dtype=np.int64)
+    lightest_first = [(0, rank) for rank in range(num_ranks)]
+    longest_first = np.argsort(-lengths, kind="stable").tolist()
+    dealt_at_once = num_ranks if even_samples else 1
+    for start in range(0, len(tokens), dealt_at_once):
+        dealt = longest_first[start : start + dealt_at_once]
+        takers = [heapq.heappop(lightest_first) for _ in dealt]
+        for index, (held, rank) in zip(dealt, takers, strict=True):
+            owner[index] = rank
+            heapq.heappush(lightest_first, (held + tokens[index], rank))
     return [np.flatnonzero(owner == rank) for rank in range(num_ranks)]
 
 
