@@ -1,5 +1,6 @@
 """What stands for the losses of rows that cannot have any, so that every process finishes the calls others wait in."""
 
+import torch
 from torch import Tensor
 
 
@@ -12,3 +13,13 @@ def nan_of(*tensors: Tensor | None) -> Tensor:
     nan = float("nan") * sum((tensor.sum().float() for tensor in tensors if tensor is not None), start=0.0)
     assert isinstance(nan, Tensor)
     return nan
+
+
+def is_finite(rows: Tensor) -> bool:
+    """Tell whether all values are finite."""
+    return bool(rows.detach().isfinite().all())
+
+
+def zero_bad(rows: Tensor) -> Tensor:
+    """Return the rows with zeros where they are not finite."""
+    return torch.where(rows.isfinite(), rows, 0.0)

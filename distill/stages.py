@@ -17,7 +17,7 @@ from distill.batch import Batch, RecalibratedPass
 from distill.linear_head import LinearHead
 from distill.loss_inputs import BadRows
 from distill.losses import TokenLosses, feature_mse, linear_ce, linear_ce_kl
-from distill.refusals import nan_of
+from distill.refusals import is_finite, nan_of, zero_bad
 from distill.stage_spec import StageSpec, TrainedPart
 from distill.student import last_hidden_state, logit_options, name_parts
 from recalibrator import Recalibrator
@@ -164,6 +164,7 @@ class StageModel(nn.Module):
                 inputs.input_ids,
                 attention_mask=inputs.attention_mask,
                 model_inputs=inputs.model_inputs,
+                packed=self.spec.packing,
             )
         return hidden_states.flatten(0, 1)
 
@@ -226,9 +227,18 @@ class StageModel(nn.Module):
 
     def _recalibrated(self, passed: RecalibratedPass, student_rows: Tensor | None) -> Tensor:
         assert self.recalibrator is not None
-        if passed.question_rows is None:
-            return self.recalibrator(student_rows, passed.answer_rows, plan=passed.plan, questions_from="student")
-        return self.recalibrator(passed.question_rows, passed.answer_rows, plan=passed.plan, questions_from="teacher")
+        questions_from: Literal["student", "teacher"] = "student" if passed.question_rows is None else "teacher"
+        questions = student_rows if passed.question_rows is None else passed.question_rows
+        assert questions is not None
+        bad = [name for name, rows in (("question", questions), ("answer", passed.answer_rows)) if not is_finite(rows)]
+        if not bad:
+            return self.recalibrator(questions, passed.answer_rows, plan=passed.plan, questions_from=questions_from)
+        self.refusals.append(f"{' and '.join(bad)} rows are not finite, questions from the {questions_from}")
+        # its modules run all the same: other processes wait in their collectives
+        rows = self.recalibrator(
+            zero_bad(questions), zero_bad(passed.answer_rows), plan=passed.plan, questions_from=questions_from
+        )
+        return rows * float("nan")
 
     def _recalibrated_losses(self, passed: RecalibratedPass, student_rows: Tensor | None) -> TokenLosses:
         head = self.teacher_head
