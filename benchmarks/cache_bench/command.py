@@ -38,7 +38,7 @@ def tell(measured: Iterable[Figure], arguments: argparse.Namespace, *, folder: P
     for figure in measured:
         figures.append(figure)
         print(table([figure]).splitlines()[-1], file=sys.stderr)
-    values = json.dumps({figure.key: figure.value for figure in figures}, indent=1)
+    values = json.dumps({figure.json_name or figure.key: figure.value for figure in figures}, indent=1)
     print(values if arguments.json == "-" else table(figures))
     if arguments.json not in (None, "-"):
         Path(arguments.json).write_text(values + "\n")

@@ -25,6 +25,8 @@ class Figure:
     """Upper quartile of the pairs."""
     pairs: int = 0
     note: str = ""
+    json_name: str = ""
+    """Its name in the JSON object, where that is not its key."""
 
     @property
     def key(self) -> str:
@@ -50,11 +52,22 @@ def ratio_figure(
     own_s: Sequence[float],
     bar: float | None = None,
     note: str = "",
+    json_name: str = "",
 ) -> Figure:
     """Return the median speed against the base, pair by pair, and its quartiles."""
     ratios = [base / own for base, own in zip(base_s, own_s, strict=True)]
     low, middle, high = quartiles(ratios)
-    return Figure(section=section, name=name, value=middle, bar=bar, low=low, high=high, pairs=len(ratios), note=note)
+    return Figure(
+        section=section,
+        name=name,
+        value=middle,
+        bar=bar,
+        low=low,
+        high=high,
+        pairs=len(ratios),
+        note=note,
+        json_name=json_name,
+    )
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -83,4 +96,6 @@ def _number(value: float | None) -> str:
         return "-"
     if value == int(value):
         return f"{int(value):,}"
+    if abs(value) < 0.1:
+        return f"{value:.2g}"
     return f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
