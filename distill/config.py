@@ -15,6 +15,19 @@ Backend = Literal["zero3", "torch"]
 STAGES: tuple[Stage, ...] = ("align", "distill", "finetune")
 
 
+class LoraConfig(StrictConfig):
+    """Low-rank adapters that distill and finetune train in the place of the student's own weights."""
+
+    rank: int = Field(default=16, gt=0)
+    """Rows of each adapter's inner layer."""
+    alpha: float = Field(default=32.0, gt=0)
+    """An adapter's output is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that is dropped in training."""
+    target_modules: tuple[str, ...] | None = None
+    """Last parts of the names of the body's linear layers that get one, such as q_proj; by default all of them."""
+
+
 class StudentConfig(StrictConfig):
     """One student and the method that trains it."""
 
@@ -33,6 +46,8 @@ class StudentConfig(StrictConfig):
     method: Method = "genrecal"
     """genrecal; sft: the student's own cross-entropy alone; kd and uld add to it what `BaselineOptions` says: kd the
     divergence from a teacher with the same tokenizer, uld a distance over spans aligned across tokenizers."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the student's weights; by default the weights are trained."""
     trust_remote_code: bool = False
     """Run Python code that ships with the checkpoint."""
 
@@ -149,8 +164,8 @@ class ZeroConfig(StrictConfig):
     leaf_module_parameters: int = Field(default=300_000_000, ge=0)
     """Frozen modules with at most so many parameters are gathered whole: one collective instead of many."""
     config_file: str | None = None
-    """A DeepSpeed configuration (JSON) of your own, merged over ours. What follows from the stage's settings may be left
-    out, "auto" or equal to them; anything else is refused."""
+    """A DeepSpeed configuration (JSON) of your own, merged over ours. What follows from the stage's settings may be
+    left out, "auto" or equal to them; anything else is refused."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Further DeepSpeed configuration, merged over `config_file` and held to the same."""
 
@@ -224,6 +239,9 @@ class TrainConfig(StrictConfig):
     """Scoring on held-out data during training; none by default."""
     encoding_cache_mib: int = Field(default=512, ge=0)
     """Tokenised samples that each process, or each of its data workers, keeps in memory for the next epoch, in MiB."""
+    packing: bool = False
+    """Run the student over all samples of a micro-batch in one row instead of padding them to the longest, where its
+    family allows it (`distill/packing.py` names those). Worth it with an attention that skips what is masked."""
     data_workers: int | None = Field(default=None, ge=0)
     """Processes per training process that load data ahead, each one step; 0 loads in a thread. By default 4 with a
     GPU, 0 without."""

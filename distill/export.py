@@ -1,11 +1,14 @@
 """Write a trained student as an ordinary Hugging Face directory, and the Recalibrator beside it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distill.adapters import has_adapters, is_adapter, merge_adapters, write_adapters
+from distill.config import LoraConfig
 from distill.engine import Engine
 from distill.processes import Processes
 from teacher_cache.durable_files import remove, sync_tree
@@ -28,10 +31,11 @@ PROCESSOR_FILES = (
 def export_student(engine: Engine, target: Path, *, source: Path, dtype: str, processes: Processes) -> None:
     """Write the student; ``source`` is the directory it was loaded from and gives tokenizer and processor.
 
-    Parameters are gathered one by one, and only rank 0 keeps them. Every process calls this.
+    Parameters are gathered one by one, and only rank 0 keeps them. Adapters are merged. Every process calls this.
     """
     state = _gather(engine, engine.model.student, dtype=dtype, processes=processes)
     if processes.rank == 0:
+        state = merge_adapters(engine.model.student, state)
         staging = target.with_name(f"{target.name}.partial")
         remove(staging)
         student = engine.model.student
@@ -56,9 +60,29 @@ def export_recalibrator(engine: Engine, path: Path, *, processes: Processes) -> 
     processes.barrier()
 
 
-def _gather(engine: Engine, module: nn.Module, *, dtype: str | None, processes: Processes) -> dict[str, Tensor]:
+def export_adapters(engine: Engine, folder: Path, *, config: LoraConfig, base: str, processes: Processes) -> None:
+    """Write the student's adapters, where it has any; every process calls this."""
+    student = engine.model.student
+    if not has_adapters(student):
+        return
+    state = _gather(engine, student, dtype=None, processes=processes, only=is_adapter)
+    if processes.rank == 0:
+        write_adapters(student, state, folder, config=config, base=base)
+    processes.barrier()
+
+
+def _gather(
+    engine: Engine,
+    module: nn.Module,
+    *,
+    dtype: str | None,
+    processes: Processes,
+    only: Callable[[str], bool] = lambda _: True,
+) -> dict[str, Tensor]:
     state = {}
     for name, parameter in module.named_parameters():
+        if not only(name):
+            continue
         with engine.gathered(parameter):
             if processes.rank == 0:
                 tensor = parameter.detach().to("cpu", getattr(torch, dtype) if dtype else None, copy=True)

@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from distill.adapters import add_adapters
 from distill.checkpoint import RECORD, Checkpoint, damaged_files, intact_checkpoint, read_checkpoint
+from distill.config import LoraConfig
 from distill.export import export_student
 from distill.processes import Processes
 from distill.reshard import is_resharded, read_resharded
@@ -49,6 +51,8 @@ def export_checkpoint(path: Path, target: Path) -> Path:
     origin = checkpoint.record.origin
     base, dtype = Path(origin["student"]), origin["dtype"]
     student = load_student(base, dtype=dtype, trust_remote_code=origin["trust_remote_code"])
+    if origin["lora"] is not None:
+        add_adapters(student, LoraConfig.model_validate(origin["lora"]), seed=0)
     _load(student, _weights(checkpoint), where=checkpoint.directory)
     engine = _WholeStudent(_Model(student))
     export_student(cast(Any, engine), target, source=base, dtype=dtype, processes=LONE)

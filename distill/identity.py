@@ -55,9 +55,11 @@ def run_identity(
         initial_weights: Digest of what the stage starts from.
         student_files: Digest of the student's configuration, tokenizer and processor.
     """
+    # align trains the Recalibrator alone, so that one serves students with adapters and without
+    free = FREE_OF_STUDENT | ({"lora"} if stage == "align" else set())
     return {
         "stage": stage,
-        "student": student.model_dump(mode="json", exclude=set(FREE_OF_STUDENT)),
+        "student": student.model_dump(mode="json", exclude=set(free)),
         "settings": train.stage(stage).model_dump(mode="json", exclude=set(FREE_OF_STAGE)),
         **train.model_dump(mode="json", exclude=set(FREE_OF_TRAINING | PER_STAGE)),
         "cache": cache,

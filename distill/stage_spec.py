@@ -43,6 +43,8 @@ class StageSpec:
     regularization_form: RegularizationForm
     include_boundary_row: bool
     student_answer_fraction: float
+    packing: bool = False
+    """The student's samples share a row."""
 
     @property
     def regularization_weight(self) -> float:
@@ -91,8 +93,10 @@ class StageSpec:
         return ("A", *with_questions, "L") if with_topk or with_byte_ends else ("A", *with_questions)
 
 
-def stage_spec(stage: Stage, *, method: Method, train: TrainConfig, has_images: bool) -> StageSpec:
-    """Return what a stage does.
+def stage_spec(
+    stage: Stage, *, method: Method, train: TrainConfig, has_images: bool, with_adapters: bool = False
+) -> StageSpec:
+    """Return what a stage does; with adapters they train in the place of everything of the student.
 
     Raises:
         ConfigError: The method has no such stage, or no such option.
@@ -106,7 +110,9 @@ def stage_spec(stage: Stage, *, method: Method, train: TrainConfig, has_images: 
     form: RegularizationForm = "none" if isinstance(config, FinetuneConfig) else config.regularization_form
     return StageSpec(
         stage=stage,
-        trained=_trained_parts(stage, train=train, recalibrated=recalibrated, has_images=has_images),
+        trained=_trained_parts(
+            stage, train=train, recalibrated=recalibrated, has_images=has_images, with_adapters=with_adapters
+        ),
         with_answers=stage != "align",
         with_recalibrator=recalibrated,
         baseline=baseline,
@@ -126,7 +132,9 @@ def _check_baseline(baseline: str | None, options: BaselineOptions) -> None:
         )
 
 
-def _trained_parts(stage: Stage, *, train: TrainConfig, recalibrated: bool, has_images: bool) -> frozenset[TrainedPart]:
+def _trained_parts(
+    stage: Stage, *, train: TrainConfig, recalibrated: bool, has_images: bool, with_adapters: bool
+) -> frozenset[TrainedPart]:
     trained: set[TrainedPart] = set()
     if stage == "distill":
         trained |= {"body"}
@@ -134,6 +142,8 @@ def _trained_parts(stage: Stage, *, train: TrainConfig, recalibrated: bool, has_
         # a projector that never runs would still be decayed
         trained |= {"body", "head", "embeddings"}
         trained |= {"projector"} if has_images else set()
+    if with_adapters and trained:
+        trained = {"adapters"}
     if recalibrated and (stage != "distill" or train.distill.train_recalibrator):
         trained |= {"recalibrator"}
     return frozenset(trained)

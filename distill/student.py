@@ -9,11 +9,13 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from distill.adapters import is_adapter
+from distill.packing import can_pack, packed_hidden_state
 from teacher_cache.errors import ConfigError
 from teacher_cache.model_files import refuse_own_code
 from teacher_cache.teacher_checkpoint import attention_options
 
-Part = Literal["vision_encoder", "projector", "body", "embeddings", "head"]
+Part = Literal["vision_encoder", "projector", "body", "embeddings", "head", "adapters"]
 
 
 class LogitOptions(TypedDict):
@@ -35,6 +37,11 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, revision=revision))
+
+
+def packs(path: Path, *, trust_remote_code: bool = False) -> bool:
+    """Return whether a student's samples can share a row."""
+    return can_pack(transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
 
 
 def load_student(path: Path, *, dtype: str, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
@@ -94,8 +101,11 @@ def last_hidden_state(
     *,
     attention_mask: Int[Tensor, "batch student_tokens"],
     model_inputs: dict[str, Tensor],
+    packed: bool = False,
 ) -> Float[Tensor, "batch student_tokens student_hidden"]:
-    """Return the hidden states after the final norm; the head is not applied."""
+    """Return the hidden states after the final norm; the head is not applied. Packed or not decides the speed alone."""
+    if packed:
+        return packed_hidden_state(model, input_ids, attention_mask=attention_mask, model_inputs=model_inputs)
     outputs = model.base_model(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **model_inputs
     )
@@ -117,6 +127,8 @@ def _parameter_ids(module: nn.Module | None) -> set[int]:
 def _part_of(
     name: str, parameter: int, *, embeddings: set[int], head: set[int], decoder: set[int], vision: set[int]
 ) -> Part:
+    if is_adapter(name):
+        return "adapters"
     if parameter in embeddings:
         return "embeddings"
     if parameter in head:

@@ -3,18 +3,19 @@
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from distill.adapters import add_adapters
 from distill.checkpoint import Record, require_same_run, write_durably
 from distill.config import STAGES, Stage, StudentConfig, TrainConfig
 from distill.data import JoinedData, join_cache
 from distill.encoder import SampleReader, StudentEncoder
-from distill.export import export_recalibrator, export_student
+from distill.export import export_adapters, export_recalibrator, export_student
 from distill.identity import run_identity, student_files_digest
 from distill.live import TargetSource
 from distill.loop import run_steps
@@ -24,7 +25,7 @@ from distill.signals import Signals, noted_signals
 from distill.stage_spec import StageSpec, stage_spec
 from distill.stages import StageModel
 from distill.step import Loop
-from distill.student import load_student, resolve_model
+from distill.student import load_student, packs, resolve_model
 from distill.watchdog import Watchdog
 from distill.watching import watch_stage
 from distill.zero import check_before_start, launched_processes, make_engine
@@ -202,6 +203,14 @@ def _run_stage(job: Job, stage: Stage) -> bool:
             engine, run.directory / "export", source=job.base, dtype=job.student.dtype, processes=job.processes
         )
         export_recalibrator(engine, run.directory / "recalibrator.safetensors", processes=job.processes)
+        if job.student.lora is not None:
+            export_adapters(
+                engine,
+                run.directory / "adapter",
+                config=job.student.lora,
+                base=job.student.model,
+                processes=job.processes,
+            )
         report = engine.partition_report()
     finally:
         engine.close()
@@ -227,7 +236,11 @@ def _stop_if_asked(job: Job, label: str) -> None:
 def _set_up(job: Job, stage: Stage) -> StageRun:
     config, train, student = job.train.stage(stage), job.train, job.student
     has_images = any(sample.has_images for sample in job.data.samples)
-    spec = stage_spec(stage, method=student.method, train=train, has_images=has_images)
+    spec = stage_spec(
+        stage, method=student.method, train=train, has_images=has_images, with_adapters=student.lora is not None
+    )
+    packing = train.packing and packs(job.base, trust_remote_code=student.trust_remote_code)
+    spec = replace(spec, packing=packing)
     data = join_cache(
         job.cache,
         job.data,
@@ -256,6 +269,7 @@ def _set_up(job: Job, stage: Stage) -> StageRun:
             "student": str(job.base.resolve()),
             "dtype": student.dtype,
             "trust_remote_code": student.trust_remote_code,
+            "lora": None if student.lora is None or stage == "align" else student.lora.model_dump(mode="json"),
         },
         state={},
     )
@@ -283,14 +297,21 @@ def _initial_weights(job: Job, stage: Stage) -> tuple[Path, str]:
 
 
 def _build_model(job: Job, run: StageRun) -> StageModel:
-    student = load_student(run.source, dtype=job.student.dtype, trust_remote_code=job.student.trust_remote_code)
+    lora = None if run.spec.stage == "align" else job.student.lora
+    # the export of a stage with adapters holds them merged, and rounded
+    source = run.source if lora is None else job.base
+    student = load_student(source, dtype=job.student.dtype, trust_remote_code=job.student.trust_remote_code)
     if job.train.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     teacher_head = job.cache.teacher_head() if run.spec.needs_teacher_head else None
-    if not run.spec.with_recalibrator:
-        return StageModel(run.spec, student=student, recalibrator=None, teacher_head=teacher_head)
-    trained = None if run.source == job.base else run.source.parent / "recalibrator.safetensors"
-    recalibrator = _build_recalibrator(job, student, trained=trained)
+    recalibrator = None
+    if run.spec.with_recalibrator:
+        trained = None if run.source == job.base else run.source.parent / "recalibrator.safetensors"
+        recalibrator = _build_recalibrator(job, student, trained=trained)
+    if lora is not None:
+        earlier = run.source.parent / "adapter"
+        goes_on = run.source != job.base and earlier.is_dir()
+        add_adapters(student, lora, seed=job.train.seed, weights=earlier if goes_on else None)
     return StageModel(run.spec, student=student, recalibrator=recalibrator, teacher_head=teacher_head)
 
 
