@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from distill.batch import to_device
 from distill.config import TrainConfig
 from distill.losses import linear_ce_kl
-from distill.zero import deepspeed_config, launched_processes
+from distill.zero import launched_processes
+from distill.zero_config import deepspeed_config
 from recalibrator import Recalibrator
 from recalibrator.joint_sequence import JointSequence, Turn, plan_joint_sequence
 
@@ -58,9 +59,7 @@ def measure(*, device: str, quick: bool, folder: Path) -> Iterator[Figure]:
     with launched_processes(backend="zero3", num_processes=1):
         step = AlignStep(module, weight)
         trained = list(step.parameters())
-        settings = deepspeed_config(
-            "align", train=train, dtype=dtype, world_size=1, num_trained=sum(p.numel() for p in trained)
-        )
+        settings = deepspeed_config("align", train=train, dtype=dtype, num_trained=sum(p.numel() for p in trained))
         engine, *_ = deepspeed.initialize(model=step, model_parameters=trained, config=settings)
         losses, durations = [], []
         for _ in range(STEPS):

@@ -16,7 +16,8 @@ from distill.config import Stage, TrainConfig
 from distill.engine import Engine, TorchEngine
 from distill.stages import StageModel
 from distill.trainer import train_student
-from distill.zero import deepspeed_config, leaf_modules, make_engine
+from distill.zero import leaf_modules, make_engine
+from distill.zero_config import deepspeed_config
 from train_bench.inputs import Inputs
 from train_bench.stage import take_step, total_counts
 
