@@ -99,7 +99,8 @@ class JoinedData:
             if micro_batch_tokens is None:
                 return True
             rows = [*longest_first[start:stop], *self._missing(longest_first[start:stop])]
-            return len(rows) * max(map(self._student_tokens, rows)) <= micro_batch_tokens
+            tokens = [self._student_tokens(row) for row in rows]
+            return (sum(tokens) if self.spec.packing else len(rows) * max(tokens)) <= micro_batch_tokens
 
         ranges = split(len(longest_first), most_samples=micro_batch_size, fits=fits)
         micro_batches = tuple(self._filled([longest_first[index] for index in part]) for part in ranges)
