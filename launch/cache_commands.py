@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from launch.arguments import ArgumentParser, cache_parser
+from launch.arguments import ArgumentParser, cache_parser, run_parser
 from launch.console import count_of, format_tiers, names_in_line, print_facts, print_json
 from launch.logs import setup_logging
-from launch.run_config import load_run_config
+from launch.run_config import parse_run
 from teacher_cache.errors import CacheIncomplete, ConfigError
 
 if TYPE_CHECKING:
@@ -17,25 +17,23 @@ if TYPE_CHECKING:
     from teacher_cache.build_job import BuildSummary
     from teacher_cache.inspect import CacheStatus
 
+Summary = TypeVar("Summary")
 _SHOWN_VALUES = 3
 
 
 def answers_parser() -> ArgumentParser:
     """Return the parser of `cache answers`; what it does not know overrides fields of the run file."""
-    parser = ArgumentParser(
+    return run_parser(
         "cache answers",
         description="Have the teacher replace the very short answers of a run file's data, before the cache is built.",
         exit_codes="0 complete, 3 parts are missing (run it again), 4 the file that is there holds other content",
+        json="print the summary as JSON",
     )
-    parser.add_config()
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    return parser
 
 
 def answers_command(argv: Sequence[str]) -> int:
     """Write the data file of a run file's cache from the one that has the original answers."""
-    options, overrides = answers_parser().parse_known_args(argv)
-    config = load_run_config(options.config, overrides)
+    options, config = parse_run(answers_parser(), argv)
     if config.answers is None:
         raise ConfigError(f"{options.config} has no section `answers`, which says whose answers are to be replaced")
     log_dir = Path(config.output_dir) / "logs"
@@ -43,38 +41,34 @@ def answers_command(argv: Sequence[str]) -> int:
     from teacher_cache.answers import write_answers
 
     summary = write_answers(config.cache, answers=config.answers, log_dir=log_dir)
-    if options.json:
-        print_json(summary)
-    else:
-        print_facts(_answers_facts(summary))
-    return 0
+    return _print_summary(summary, _answers_facts, as_json=options.json)
 
 
 def build_parser() -> ArgumentParser:
     """Return the parser of `cache build`; what it does not know overrides fields of the run file."""
-    parser = ArgumentParser(
+    return run_parser(
         "cache build",
         description="Run the Ray job that fills the cache of a run file, or what is left of it.",
         exit_codes="0 complete, 3 shards are missing (run it again), 4 the cache that is there holds other content",
+        json="print the summary as JSON",
     )
-    parser.add_config()
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    return parser
 
 
 def build_command(argv: Sequence[str]) -> int:
     """Run or resume the Ray job that fills the cache of a run file."""
-    options, overrides = build_parser().parse_known_args(argv)
-    config = load_run_config(options.config, overrides)
+    options, config = parse_run(build_parser(), argv)
     log_dir = Path(config.output_dir) / "logs"
     setup_logging(log_dir / "cache-build.log")
     from teacher_cache.build import build_cache
 
-    summary = build_cache(config.cache, log_dir=log_dir)
-    if options.json:
+    return _print_summary(build_cache(config.cache, log_dir=log_dir), _build_facts, as_json=options.json)
+
+
+def _print_summary(summary: Summary, facts: Callable[[Summary], dict[str, str]], *, as_json: bool) -> int:
+    if as_json:
         print_json(summary)
     else:
-        print_facts(_summary_facts(summary))
+        print_facts(facts(summary))
     return 0
 
 
@@ -157,7 +151,7 @@ def _answers_facts(summary: "AnswersSummary") -> dict[str, str]:
     }
 
 
-def _summary_facts(summary: "BuildSummary") -> dict[str, str]:
+def _build_facts(summary: "BuildSummary") -> dict[str, str]:
     skipped = f", {summary.skipped[0].sample_id} first" if summary.skipped else ""
     speed = f" ({summary.tokens_per_s:,.0f} per second)" if summary.tokens else ""
     return {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from launch.arguments import ArgumentParser
 from launch.console import count_of, first_of, format_bytes, print_facts, print_json, print_table
-from launch.run_config import RunConfig, load_run_config
+from launch.run_config import RunConfig, parse_run
 from teacher_cache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def diff_parser() -> ArgumentParser:
     )
     parser.add_argument("left", metavar="URI", help="where one cache lies")
     parser.add_argument("right", metavar="URI", help="where the other one lies")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_json()
     return parser
 
 
@@ -60,17 +60,16 @@ def find_parser() -> ArgumentParser:
     )
     parser.add_argument("folder", metavar="FOLDER", help="local folder that is searched, with the folders below it")
     parser.add_config()
-    parser.add_argument("--json", action="store_true", help="print one record per cache as JSON")
+    parser.add_json("print one record per cache as JSON")
     return parser
 
 
 def find_command(argv: Sequence[str]) -> int:
     """Print which caches under a folder serve a run file; exit 4 when none does."""
-    options, overrides = find_parser().parse_known_args(argv)
+    options, config = parse_run(find_parser(), argv)
     folder = Path(options.folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no local folder; give the folder first: genrecal cache find FOLDER CONFIG")
-    config = load_run_config(options.config, overrides)
     from teacher_cache.build_plan import cache_identity
     from teacher_cache.inspect import find_caches
     from teacher_cache.samples import read_samples

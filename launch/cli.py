@@ -4,13 +4,14 @@ Exit codes: 0 done, 1 failed, 2 usage or config, 3 incomplete (a retry makes sen
 integrity (a retry is useless), 128 + n on signal n.
 """
 
-import difflib
 import importlib
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+from launch.suggestions import suggestion
 from teacher_cache.errors import GenrecalError
 
 
@@ -22,6 +23,15 @@ class Command:
     arguments: str
     help: str
 
+
+GROUPS = {
+    "the whole job": ("run", "demo", "doctor", "report"),
+    "the teacher cache": ("cache",),
+    "students": ("train", "eval", "export", "reshard", "study"),
+    "clusters": ("submit", "jobs"),
+    "settings": ("config", "completion"),
+}
+"""Headings of the overview, and the first words of the commands under each."""
 
 COMMANDS = {
     "demo": Command(
@@ -109,15 +119,55 @@ COMMANDS = {
         arguments="DIR",
         help="write report.html of a run",
     ),
+    "study": Command(
+        target="launch.study.command:study_command",
+        arguments="CONFIG [--report]",
+        help="run arms, seeds and pairs of teacher and student alike, and compare them",
+    ),
+    "submit slurm": Command(
+        target="launch.clusters.submit:slurm_command",
+        arguments="CONFIG [--plan]",
+        help="submit cache, training and report to Slurm; --plan only prints the scripts",
+    ),
+    "submit ray": Command(
+        target="launch.clusters.submit:ray_command",
+        arguments="CONFIG [--plan] [--insecure]",
+        help="submit them to a Ray cluster that runs already",
+    ),
+    "submit kuberay": Command(
+        target="launch.clusters.submit:kuberay_command",
+        arguments="CONFIG [--plan]",
+        help="submit them to Kubernetes with KubeRay; --plan prints pure YAML",
+    ),
+    "jobs": Command(
+        target="launch.clusters.listing:jobs_command",
+        arguments="[DIR]",
+        help="what was submitted from the runs under a folder, and how it stands",
+    ),
+    "doctor": Command(
+        target="launch.doctor:doctor_command",
+        arguments="[CONFIG]",
+        help="whether this machine, and a run file, are fit to run; with remedies",
+    ),
     "config show": Command(
-        target="launch.run_config:show_command",
+        target="launch.config_commands:show_command",
         arguments="CONFIG",
         help="print the run file with all defaults filled in",
     ),
     "config schema": Command(
-        target="launch.run_config:schema_command",
+        target="launch.config_commands:schema_command",
         arguments="",
         help="print the JSON schema of run files",
+    ),
+    "config example": Command(
+        target="launch.config_commands:example_command",
+        arguments="",
+        help="print a run file with every field, its default and what it means",
+    ),
+    "completion": Command(
+        target="launch.completion:completion_command",
+        arguments="SHELL",
+        help="print what completes commands and options in bash or zsh",
     ),
 }
 
@@ -127,10 +177,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0 if argv else 2
+        return 0
     name, rest = split_command(argv)
     if name is None:
-        print(f"genrecal: no command {' '.join(argv[:2])!r}{_suggestion(argv)}\n\n{usage()}", file=sys.stderr)
+        print(f"genrecal: {_no_command(argv)}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _unwind)
     module, function = COMMANDS[name].target.split(":")
@@ -152,25 +202,34 @@ def split_command(argv: list[str]) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-def _suggestion(argv: list[str]) -> str:
-    for words in (2, 1):
-        if close := difflib.get_close_matches(" ".join(argv[:words]), COMMANDS, n=1, cutoff=0.75):
-            return f", did you mean {close[0]!r}?"
-    return ""
+def _no_command(argv: list[str]) -> str:
+    """Return what is wrong with words that name no command, and which ones may be meant."""
+    group = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    if group and (len(argv) == 1 or argv[1].startswith("-")):
+        return f"{argv[0]!r} needs one more word:\n\n{_table(group)}"
+    words = next((words for words in (2, 1) if suggestion(" ".join(argv[:words]), list(COMMANDS))), 2)
+    name = " ".join(argv[:words])
+    return f"no command {' '.join(argv[:2])!r}{suggestion(name, list(COMMANDS))}\n`genrecal` alone lists all commands"
+
+
+def _table(names: Sequence[str]) -> str:
+    width = max(len(f"{name} {command.arguments}") for name, command in COMMANDS.items())
+    return "\n".join(f"  {f'{name} {COMMANDS[name].arguments}':<{width}}  {COMMANDS[name].help}" for name in names)
 
 
 def usage() -> str:
-    """Return the help text of the whole command."""
-    width = max(len(f"{name} {command.arguments}") for name, command in COMMANDS.items())
-    lines = [f"  {f'{name} {command.arguments}':<{width}}  {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
+    """Return the help text of the whole command, commands in groups."""
+    groups = [
+        f"{heading}\n{_table([name for first in firsts for name in COMMANDS if name.partition(' ')[0] == first])}"
+        for heading, firsts in GROUPS.items()
+    ]
+    return "\n\n".join(
         [
             "genrecal: run a large vision-language teacher once, distil many small students from its cached targets",
-            "",
-            *lines,
-            "",
-            "CONFIG is a YAML run file; any of its fields is overridden by --dotted.name VALUE.",
-            "`genrecal config show CONFIG --help` lists them.",
+            *groups,
+            "CONFIG is a YAML run file; any of its fields is overridden by --dotted.name VALUE, and\n"
+            "`genrecal config example` shows all of them. `genrecal COMMAND --help` has an example.\n"
+            "Exit codes: 0 done, 1 failed, 2 usage or config, 3 incomplete (run again), 4 identity or integrity.",
         ]
     )
 

@@ -15,9 +15,11 @@ from functools import partial
 from pathlib import Path
 
 from distill.config import StudentConfig
+from launch import arguments
+from launch.arguments import ArgumentParser
 from launch.logs import setup_logging
 from launch.processes import run_process, trainer_environment
-from launch.run_config import RunConfig, load_run_config, split_config_path, write_run_config
+from launch.run_config import RunConfig, parse_run, write_run_config
 from launch.train_commands import evaluate_run
 from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.errors import ConfigError, GenrecalError
@@ -34,10 +36,19 @@ class Step:
     """Returns False when everything was there already."""
 
 
+def run_parser() -> ArgumentParser:
+    """Return the parser of `run`; what it does not know overrides fields of the run file."""
+    return arguments.run_parser(
+        "run",
+        description="Do everything that a run file describes: answers, cache, training, evaluation and report. What is "
+        "complete and of the same content is left alone: a run that ended anywhere is continued by running it again.",
+        exit_codes="0 done, 1 failed, 3 incomplete (run it again), 4 something that is there holds other content",
+    )
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Run everything that a run file describes."""
-    path, overrides = split_config_path(argv, command="run")
-    config = load_run_config(path, overrides)
+    _, config = parse_run(run_parser(), argv)
     output_dir = Path(config.output_dir)
     setup_logging(output_dir / "logs" / "run.log")
     run_pipeline(config)

@@ -2,28 +2,25 @@
 
 from collections.abc import Sequence
 
-from launch.arguments import ArgumentParser
+from launch.arguments import ArgumentParser, run_parser
 from launch.console import print_json
-from launch.run_config import load_run_config
+from launch.run_config import parse_run
 
 
 def plan_parser() -> ArgumentParser:
     """Return the parser of `cache plan`; what it does not know overrides fields of the run file."""
-    parser = ArgumentParser(
+    return run_parser(
         "cache plan",
         description="Tell what the cache of a run file will take and cost, from a part of its data and the teacher's "
         "configuration. Writes nothing, fetches nothing, loads no weights.",
         exit_codes="0 done, 1 no row is a usable sample, 2 something is missing that the run file can state instead",
+        json="print everything as JSON",
     )
-    parser.add_config()
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    return parser
 
 
 def plan_command(argv: Sequence[str]) -> int:
     """Print sizes, GPU-hours and the break-even of the cache of a run file."""
-    options, overrides = plan_parser().parse_known_args(argv)
-    config = load_run_config(options.config, overrides)
+    options, config = parse_run(plan_parser(), argv)
     from launch.cache_plan import make_plan
     from launch.plan_text import as_record, print_plan
 

@@ -4,7 +4,7 @@ The file must be complete; any of its fields is then overridden by ``--dotted.na
 paths are relative to the working directory.
 """
 
-import json
+import argparse
 import os
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +15,10 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from distill.config import StudentConfig, TrainConfig
+from launch.arguments import ArgumentParser
+from launch.clusters.config import ClusterConfig
+from launch.config_faults import describe_faults
+from launch.overrides import apply_overrides
 from launch.plan_config import PlanConfig
 from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.config import CacheConfig, StrictConfig
@@ -53,6 +57,8 @@ class RunConfig(StrictConfig):
     """Held-out scoring at the end of a run; none by default."""
     plan: PlanConfig = PlanConfig()
     """Statistics and assumptions of `genrecal cache plan`."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Where `genrecal submit` sends the jobs of this run."""
 
     @model_validator(mode="after")
     def _unique_students(self) -> "RunConfig":
@@ -76,42 +82,55 @@ class RunConfig(StrictConfig):
         raise ConfigError(f"no student {name!r} in the run file; choose one of {names} with --student")
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, options: Sequence[str] = ()) -> RunConfig:
     """Read a run file and apply dotted overrides.
+
+    Args:
+        path: The run file.
+        overrides: `--dotted.name VALUE` and so on.
+        options: The command's own options, for suggestions.
 
     Raises:
         ConfigError: The file is missing, is not YAML, or has unknown, missing or ill-typed keys.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"run file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"run file {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(
             f"run file {path} holds {type(values).__name__}; expected keys such as `cache` and `students`"
         )
-    config = validated(values, source=str(path))
+    config = validated(values, source=str(path), text=text)
     if not overrides:
         return config
-    import tyro  # costs a tenth of a second, and most calls have no override
-
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[RunConfig], default=config, args=list(overrides), prog=f"genrecal ... {path}"
-    )
+    changed = apply_overrides(values, overrides, model=RunConfig, options=options)
+    return validated(changed, source=f"{path} with the overrides behind it")
 
 
-def validated(values: dict[str, Any], *, source: str) -> RunConfig:
-    """Check parsed values; every fault is named with its dotted path."""
+def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
+    """Parse the arguments of a command about a run file; what its parser does not know overrides fields.
+
+    Raises:
+        ConfigError: An argument or the run file is wrong.
+    """
+    options, overrides = parser.parse_known_args(argv)
+    names = [name for action in parser.options() for name in action.option_strings]
+    return options, load_run_config(options.config, overrides, options=names)
+
+
+def validated(values: dict[str, Any], *, source: str, text: str = "") -> RunConfig:
+    """Check parsed values; every fault is named with its dotted path, and its line in ``text`` where that is given."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        faults = "\n".join(
-            f"  {'.'.join(map(str, fault['loc'])) or '(whole file)'}: {fault['msg']}" for fault in error.errors()
-        )
-        raise ConfigError(f"{source} is no valid run file:\n{faults}\nSee `genrecal config schema`.") from error
+        faults = describe_faults(error, model=RunConfig, text=text)
+        raise ConfigError(
+            f"{source} is no valid run file:\n{faults}\n`genrecal config example` shows every field."
+        ) from error
 
 
 def write_run_config(config: RunConfig, path: Path, *, header: str = "") -> None:
@@ -123,30 +142,3 @@ def write_run_config(config: RunConfig, path: Path, *, header: str = "") -> None
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(temporary, path)
-
-
-def show_command(argv: list[str]) -> int:
-    """Print a run file with all defaults filled in."""
-    path, overrides = split_config_path(argv, command="config show")
-    config = load_run_config(path, overrides)
-    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
-    return 0
-
-
-def schema_command(argv: list[str]) -> int:
-    """Print the JSON schema of run files."""
-    print(json.dumps(RunConfig.model_json_schema(), indent=2))
-    return 0
-
-
-def split_config_path(argv: Sequence[str], *, command: str) -> tuple[str, list[str]]:
-    """Split the run file's path from the overrides behind it.
-
-    Raises:
-        ConfigError: The first argument is no path.
-    """
-    if not argv or argv[0].startswith("-"):
-        raise ConfigError(
-            f"genrecal {command} takes a run file first: genrecal {command} run.yaml [--dotted.name VALUE]"
-        )
-    return argv[0], list(argv[1:])

@@ -1,6 +1,5 @@
 """`genrecal train`, `eval`, `export` and `reshard`."""
 
-import argparse
 import hashlib
 import json
 import logging
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.config import STAGES
+from launch.arguments import ArgumentParser, run_parser
 from launch.logs import setup_logging
 from launch.processes import end_with_parent, process_rank, run_trainers, under_launcher
 from launch.results import Evaluated, collect_results, evaluated_models
-from launch.run_config import EvaluationConfig, RunConfig, load_run_config, split_config_path
+from launch.run_config import EvaluationConfig, RunConfig, parse_run
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import ConfigError, DataError
 
@@ -24,14 +24,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def train_parser() -> ArgumentParser:
+    """Return the parser of `train`; what it does not know overrides fields of the run file."""
+    parser = run_parser(
+        "train",
+        description="Train one student from the cache, or go on with it; also under torchrun, deepspeed and srun.",
+        exit_codes="0 done, 1 failed, 3 it stood still (run it again), 4 the cache or a checkpoint is of another run",
+    )
+    parser.add_argument("--student", metavar="NAME", help="which student, where the run file has several")
+    parser.add_argument("--stage", choices=STAGES, help="only this stage; by default all of them")
+    return parser
+
+
 def train_command(argv: Sequence[str]) -> int:
     """Train one student; start the configured number of processes unless a launcher did."""
-    path, rest = split_config_path(argv, command="train")
-    parser = argparse.ArgumentParser(prog="genrecal train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--student")
-    parser.add_argument("--stage", choices=STAGES)
-    options, overrides = parser.parse_known_args(rest)
-    config = load_run_config(path, overrides)
+    options, config = parse_run(train_parser(), argv)
     student = config.student(options.student)
     output_dir = Path(config.output_dir)
     end_with_parent()
@@ -49,10 +56,19 @@ def train_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def eval_parser() -> ArgumentParser:
+    """Return the parser of `eval`; what it does not know overrides fields of the run file."""
+    return run_parser(
+        "eval",
+        description="Score the teacher and every student, untouched and trained, on held-out data; print results.json. "
+        "What is scored already is left alone.",
+        exit_codes="0 done, 1 failed, 2 wrong usage or run file",
+    )
+
+
 def eval_command(argv: Sequence[str]) -> int:
     """Score the teacher, every untouched student and every trained one; write results.json."""
-    path, overrides = split_config_path(argv, command="eval")
-    config = load_run_config(path, overrides)
+    _, config = parse_run(eval_parser(), argv)
     setup_logging(Path(config.output_dir) / "logs" / "eval.log")
     results = evaluate_run(config)
     print(json.dumps(results, indent=2))
@@ -76,14 +92,28 @@ def evaluate_run(config: RunConfig) -> dict[str, object]:
     return collect_results(config)
 
 
+def export_parser() -> ArgumentParser:
+    """Return the parser of `export`."""
+    parser = ArgumentParser(
+        "export",
+        description="Write the student of a finished stage, or of a checkpoint in the middle of one, as a Hugging Face "
+        "directory of its own.",
+        exit_codes="0 done, 1 there is no student, or the directory is taken",
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="RUN/training/STUDENT/STAGE, or RUN/training/STUDENT/STAGE/checkpoints/STEP",
+    )
+    parser.add_argument("target", type=Path, metavar="OUT", help="directory to make")
+    return parser
+
+
 def export_command(argv: Sequence[str]) -> int:
     """Write the student of a finished stage, or of a checkpoint in the middle of one, to a directory of its own."""
-    if len(argv) != 2:
-        raise ConfigError(
-            "genrecal export takes two arguments: genrecal export RUN/training/STUDENT/STAGE OUT, or "
-            "RUN/training/STUDENT/STAGE/checkpoints/STEP OUT"
-        )
-    source, target = Path(argv[0]), Path(argv[1])
+    options = export_parser().parse(argv)
+    source, target = options.source, options.target
     if target.exists():
         raise DataError(f"{target} exists already: choose another directory")
     finished = source / "export" if (source / "export").is_dir() else source
@@ -99,13 +129,24 @@ def export_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def reshard_parser() -> ArgumentParser:
+    """Return the parser of `reshard`."""
+    parser = ArgumentParser(
+        "reshard",
+        description="Make the newest checkpoint of a stage readable by any number of processes.",
+        exit_codes="0 done, 1 there is no checkpoint, 4 it is damaged",
+        example="runs/mine/training/small/distill",
+    )
+    parser.add_argument("stage", type=Path, metavar="STAGE", help="RUN/training/STUDENT/STAGE")
+    return parser
+
+
 def reshard_command(argv: Sequence[str]) -> int:
     """Make a stage's newest checkpoint readable by any number of processes."""
-    if len(argv) != 1:
-        raise ConfigError("genrecal reshard takes one argument: genrecal reshard RUN/training/STUDENT/STAGE")
+    options = reshard_parser().parse(argv)
     from distill.reshard import reshard
 
-    print(f"readable by any number of processes: {reshard(Path(argv[0]))}")
+    print(f"readable by any number of processes: {reshard(options.stage)}")
     return 0
 
 

@@ -5,7 +5,6 @@ the demo is two ordinary run files given to the ordinary pipeline: one that buil
 first student, and one that distils a second student of another family from the same cache.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import ArgumentParser
 from launch.demo.digits import generate_digit_vqa
 from launch.demo.make_models import (
     STUDENTS,
@@ -69,13 +69,23 @@ QUICK = DemoSize(
 )
 
 
-def demo_command(argv: Sequence[str]) -> int:
-    """Run or continue the demo."""
-    parser = argparse.ArgumentParser(prog="genrecal demo", allow_abbrev=False)
+def demo_parser() -> ArgumentParser:
+    """Return the parser of `demo`."""
+    parser = ArgumentParser(
+        "demo",
+        description="Do the whole job on this machine's CPU with real handwritten digits, or go on with it.",
+        exit_codes="0 done, 1 failed",
+        example="--quick",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything the demo writes")
     parser.add_argument("--quick", action="store_true", help="a few minutes: too short to learn much")
     parser.add_argument("--train-teacher", action="store_true", help="train the teacher instead of copying it")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def demo_command(argv: Sequence[str]) -> int:
+    """Run or continue the demo."""
+    options = demo_parser().parse(argv)
     run_demo(options.output, size=QUICK if options.quick else FULL, train_teacher=options.train_teacher)
     return 0
 

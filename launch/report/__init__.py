@@ -25,6 +25,7 @@ from pathlib import Path
 
 import jinja2
 
+from launch.arguments import ArgumentParser
 from launch.report.cache import cache_section, provenance_facts
 from launch.report.data import RunData, read_run
 from launch.report.examples import example_items
@@ -33,9 +34,11 @@ from launch.report.results import family_section, gain_rows, headline_caption, h
 from launch.report.training import feature_items, training_figures
 
 
-def report_command(argv: Sequence[str]) -> int:
-    """Write the report of a run folder and print its place."""
-    parser = argparse.ArgumentParser(prog="genrecal report", description=report_command.__doc__)
+def report_parser() -> ArgumentParser:
+    """Return the parser of `report`."""
+    parser = ArgumentParser(
+        "report", description="Write report.html of a run folder.", exit_codes="0 done, 1 the folder cannot be read"
+    )
     parser.add_argument("directory", type=Path, metavar="DIR", help="output_dir of a run")
     parser.add_argument(
         "--watch",
@@ -43,7 +46,12 @@ def report_command(argv: Sequence[str]) -> int:
         metavar="SECONDS",
         help="write it anew every so many seconds, as a page that reloads itself, until the run is complete or Ctrl-C",
     )
-    options = parser.parse_args(argv)
+    return parser
+
+
+def report_command(argv: Sequence[str]) -> int:
+    """Write the report of a run folder and print its place."""
+    options = report_parser().parse(argv)
     if options.watch is not None:
         _watch(options.directory, interval_s=options.watch)
     print(write_report(options.directory))

@@ -1,0 +1,1 @@
+"""Jobs on clusters: Slurm, Ray and Kubernetes from one run file."""

@@ -1,0 +1,114 @@
+"""Whether Ray is safe to use from here: the token that guards it, and the cluster to reach. Imports no Ray."""
+
+import socket
+import stat
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from launch.doctor.findings import Finding, ok, problem, warning
+
+ANSWER_TIMEOUT_S = 3.0
+GCS_PORT = 6379
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+JOBS_PATH = "/api/jobs/"
+
+
+def check_ray(environment: Mapping[str, str], *, dashboard: str | None = None) -> Iterator[Finding]:
+    """Yield findings about the cluster that the environment or a run file names.
+
+    Args:
+        environment: With RAY_ADDRESS, RAY_API_SERVER_ADDRESS, RAY_AUTH_MODE and the token, where they are set.
+        dashboard: Address of the dashboard in the run file.
+    """
+    address = environment.get("RAY_ADDRESS")
+    dashboard = dashboard or environment.get("RAY_API_SERVER_ADDRESS")
+    yield check_authentication(environment, uses_cluster=bool(address or dashboard))
+    if address and address not in ("local", "auto"):
+        yield check_reachable("Ray cluster", address)
+    if dashboard:
+        yield check_dashboard(dashboard)
+
+
+def check_authentication(environment: Mapping[str, str], *, uses_cluster: bool) -> Finding:
+    """Return whether a token guards the cluster, and whether others may read it."""
+    mode = environment.get("RAY_AUTH_MODE")
+    if not uses_cluster and mode is None:
+        return ok("Ray authentication", "no cluster is named: a build starts its own, with a token of its own")
+    if mode != "token":
+        return problem(
+            "Ray authentication",
+            f"RAY_AUTH_MODE is {mode or 'not set'}: whoever reaches the cluster runs code as you",
+            remedy="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on all nodes and here",
+        )
+    if environment.get("RAY_AUTH_TOKEN"):
+        return ok("Ray authentication", "token, from the environment")
+    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        mode_bits = path.stat().st_mode
+    except OSError as error:
+        return problem(
+            "Ray authentication",
+            f"no token in {path}: {error.strerror}",
+            remedy="copy the cluster's token file there, mode 600",
+        )
+    if mode_bits & (stat.S_IRWXG | stat.S_IRWXO):
+        return problem("Ray authentication", f"others may use the token in {path}", remedy=f"run chmod 600 {path}")
+    return ok("Ray authentication", f"token, from {path}")
+
+
+def check_reachable(check: str, address: str) -> Finding:
+    """Return whether something answers at HOST:PORT."""
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        place = (parts.hostname or "", parts.port or GCS_PORT)
+    except ValueError:
+        return problem(check, f"{address} is no HOST:PORT", remedy="correct the address")
+    try:
+        with socket.create_connection(place, timeout=ANSWER_TIMEOUT_S):
+            return ok(check, f"{place[0]}:{place[1]} answers")
+    except OSError as error:
+        return problem(
+            check,
+            f"{place[0]}:{place[1]} does not answer: {error.strerror or error}",
+            remedy="start the cluster, correct the address, or open the port to this machine",
+        )
+
+
+def check_dashboard(address: str) -> Finding:
+    """Return whether the dashboard answers, and refuses who has no token."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return problem("Ray dashboard", f"{address} is no http://HOST:PORT", remedy="correct the address")
+    place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    reached = check_reachable("Ray dashboard", f"{parts.hostname}:{parts.port or 8265}")
+    if reached.status != "ok":
+        return reached
+    try:
+        with _open_directly(f"{place}{JOBS_PATH}"):
+            return problem(
+                "Ray dashboard",
+                f"{place} lists jobs to whoever asks",
+                remedy="start the cluster with RAY_AUTH_MODE=token",
+            )
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):
+            return warning(
+                "Ray dashboard", f"{place} answers {error.code}", remedy="check that this is a Ray dashboard"
+            )
+    except OSError as error:
+        return problem(
+            "Ray dashboard", f"{place} gives no answer: {type(error).__name__}", remedy="look at the cluster's logs"
+        )
+    if parts.scheme == "http" and parts.hostname not in LOOPBACK:
+        return warning(
+            "Ray dashboard", f"{place} asks for a token, but sends it in clear text", remedy="use a tunnel or https"
+        )
+    return ok("Ray dashboard", f"{place} asks for a token")
+
+
+def _open_directly(url: str) -> "urllib.request.addinfourl":
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(url, timeout=ANSWER_TIMEOUT_S)
