@@ -1,0 +1,83 @@
+"""What a run has left behind for good: whether its cache, its students and its evaluation are complete.
+
+Exit codes get lost on the way through schedulers, so these marks alone say what is done. They are read without torch,
+except for the records of a cache that exists.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from launch.run_config import RunConfig
+from teacher_cache.documents import parse_document
+from teacher_cache.errors import CacheError, GenrecalError
+from teacher_cache.manifest import read_manifest
+from teacher_cache.storage import open_store
+
+STAGE_DONE = "DONE.json"
+"""The trainer's last file of a stage."""
+COMPARED = ("student", "settings", "recalibrator", "baselines", "seed", "backend")
+"""Parts of a finished stage's identity that follow from the run file alone."""
+
+
+def cache_complete(config: RunConfig) -> bool:
+    """Tell whether the cache is complete and was built for the teacher, data and targets that the run file names.
+
+    Contents are not compared here: a build does that, and the trainer where it joins the cache with the data.
+    """
+    try:
+        manifest = read_manifest(open_store(config.cache.uri))
+        origin, identity = manifest.provenance, manifest.identity
+        named = {
+            "teacher": config.cache.teacher.model_dump(mode="json"),
+            "data": config.cache.data.model_dump(mode="json"),
+        }
+        targets = config.cache.targets.model_dump(mode="json", exclude={"codec"})
+        if any(origin.get(part) != value for part, value in named.items()):
+            return False
+        if manifest.codec != config.cache.targets.codec or identity.get("targets") != targets:
+            return False
+        from teacher_cache.inspect import cache_status
+
+        return cache_status(config.cache.uri).published
+    except CacheError:
+        return False
+
+
+def student_complete(config: RunConfig, name: str) -> bool:
+    """Tell whether a student is published and all its stages are done with the settings of the run file."""
+    output_dir = Path(config.output_dir)
+    student = config.student(name)
+    stages = [stage for stage in config.train.stages if stage != "align" or student.method == "genrecal"]
+    if not (output_dir / "students" / name / "config.json").is_file():
+        return False
+    for stage in stages:
+        asked: dict[str, Any] = {
+            "student": student.model_dump(mode="json", include={"dtype", "max_length", "method"}),
+            "settings": config.train.stage(stage).model_dump(mode="json"),
+            "recalibrator": config.train.recalibrator.model_dump(mode="json"),
+            "baselines": config.train.baselines.model_dump(mode="json"),
+            "seed": config.train.seed,
+            "backend": config.train.backend,
+        }
+        found = _stage_identity(output_dir / "training" / name / stage / STAGE_DONE)
+        if found is None or any(part in found and found[part] != asked[part] for part in COMPARED):
+            return False
+    return True
+
+
+def report_complete(config: RunConfig) -> bool:
+    """Tell whether the report is there and newer than every student that it is about."""
+    output_dir = Path(config.output_dir)
+    report = output_dir / "report.html"
+    students = [output_dir / "students" / student.name / "config.json" for student in config.students]
+    if not report.is_file() or not (output_dir / "results.json").is_file():
+        return False
+    return all(path.is_file() and path.stat().st_mtime <= report.stat().st_mtime for path in students)
+
+
+def _stage_identity(path: Path) -> dict[str, Any] | None:
+    try:
+        identity = parse_document(path.read_bytes(), where=str(path))["identity"]
+    except (OSError, KeyError, GenrecalError):
+        return None
+    return identity if isinstance(identity, dict) else None

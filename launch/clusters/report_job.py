@@ -1,0 +1,20 @@
+"""Evaluation, then the report, as one process: ``python -m launch.clusters.report_job``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from launch import cli
+from launch.run_config import load_run_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score every model of a run and write its report; return the first exit code that is not 0."""
+    parser = argparse.ArgumentParser(prog="python -m launch.clusters.report_job", allow_abbrev=False)
+    parser.add_argument("run_file")
+    run_file = parser.parse_args(argv).run_file
+    return cli.main(["eval", run_file]) or cli.main(["report", load_run_config(run_file).output_dir])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

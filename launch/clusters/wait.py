@@ -1,0 +1,72 @@
+"""Wait until other jobs of a run have left their durable marks: ``python -m launch.clusters.wait``."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from launch.clusters.jobs import run_jobs
+from launch.run_config import load_run_config
+from teacher_cache.errors import GenrecalError
+
+INTERVAL_S = 15.0
+
+
+class JobsMissing(GenrecalError):
+    """The jobs before this one have not become complete."""
+
+    code = "jobs-missing"
+    exit_code = 3
+
+
+def wait_for_jobs(
+    run_file: str,
+    labels: Sequence[str],
+    *,
+    limit_s: float,
+    failed: Callable[[], str | None] = lambda: None,
+    interval_s: float = INTERVAL_S,
+) -> None:
+    """Return once the jobs with these labels (`cache`, `train NAME`) are complete.
+
+    Args:
+        run_file: The run that they belong to.
+        labels: Which jobs.
+        limit_s: Seconds to wait at most.
+        failed: Says why there is nothing to wait for any more, if so.
+        interval_s: Seconds between two looks.
+
+    Raises:
+        JobsMissing: They failed, or the time is up.
+    """
+    config = load_run_config(run_file)
+    end = time.monotonic() + limit_s
+    while True:
+        reason = failed()  # asked first: a job may end between the two looks
+        missing = [job.label for job in run_jobs(config) if job.label in labels and not job.complete]
+        if not missing:
+            return
+        if reason is not None:
+            raise JobsMissing(f"{', '.join(missing)} of {run_file} will not become complete: {reason}; submit again")
+        if time.monotonic() >= end:
+            raise JobsMissing(f"{', '.join(missing)} of {run_file} not complete after {limit_s:.0f} s; submit again")
+        time.sleep(interval_s)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Wait for jobs; exit 3 when they did not become complete."""
+    parser = argparse.ArgumentParser(prog="python -m launch.clusters.wait", allow_abbrev=False)
+    parser.add_argument("run_file")
+    parser.add_argument("--job", action="append", required=True, help="cache, or train NAME; may be repeated")
+    parser.add_argument("--limit-s", type=float, required=True, help="seconds to wait at most")
+    options = parser.parse_args(argv)
+    try:
+        wait_for_jobs(options.run_file, options.job, limit_s=options.limit_s)
+    except GenrecalError as error:
+        print(f"error [{error.code}]: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""Kubernetes manifests: KubeRay's schema, golden files, hostile values, who waits for whom, secrets by reference."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from launch.clusters.config import ClusterConfig, KubeRayConfig
+from launch.clusters.jobs import run_jobs
+from launch.clusters.kuberay import as_yaml, literal, manifests
+from launch.clusters.kuberay_submit import describe_kuberay, submit_kuberay
+from launch.clusters.states import kube_state
+from launch.clusters.wait import JobsMissing, wait_for_jobs
+from launch.run_config import RunConfig
+from teacher_cache.errors import ConfigError
+from tests.launch.golden import compare
+from tests.launch.hostile import HOSTILE
+from tests.launch.test_submit_slurm import VALUES
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = ROOT / "tests" / "fixtures" / "kuberay" / "rayjob-v1.schema.json"
+KUBE = {
+    "image": "registry.example/genrecal:1",
+    "namespace": "vision",
+    "service_account": "trainer",
+    "queue": "gpus",
+    "claim": "shared",
+    "node_selector": {"gpu": "h100"},
+    "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "secrets": {"HF_TOKEN": {"secret": "hub", "key": "token"}},
+}
+
+
+def run_config(**changes: object) -> RunConfig:
+    return RunConfig.model_validate(VALUES | {"cluster": {"kuberay": KUBE | changes}})
+
+
+def rendered(config: RunConfig) -> list[dict[str, Any]]:
+    return manifests(config, run_jobs(config))
+
+
+def strict(schema: Any) -> Any:
+    """Refuse unknown fields too, which Kubernetes would drop in silence."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: strict(value) for name, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and "additionalProperties" not in schema:
+        closed["additionalProperties"] = bool(schema.get("x-kubernetes-preserve-unknown-fields"))
+    return closed
+
+
+@pytest.fixture(scope="module")
+def rayjob_schema() -> Any:
+    schema = strict(json.loads(SCHEMA.read_text()))
+    schema["properties"]["metadata"] = {"type": "object"}
+    return jsonschema.Draft202012Validator(schema)
+
+
+def only(objects: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [item for item in objects if item["kind"] == kind]
+
+
+def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = [item["spec"]["template"]["spec"] for item in only(objects, "Job")]
+    for job in only(objects, "RayJob"):
+        cluster = job["spec"]["rayClusterSpec"]
+        found += [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    return found
+
+
+def test_manifests_are_those_that_were_reviewed() -> None:
+    compare("kuberay/run.yaml", as_yaml(rendered(run_config())))
+
+
+def test_the_cache_job_fits_the_schema_of_kuberay(rayjob_schema: Any) -> None:
+    for config in (run_config(), run_config(queue=None, claim=None, secrets={}, node_selector={}, tolerations=[])):
+        (job,) = only(rendered(config), "RayJob")
+        rayjob_schema.validate(job)
+    job["spec"]["shutdownAfterJobFinish"] = True
+    with pytest.raises(jsonschema.ValidationError, match="shutdownAfterJobFinish"):
+        rayjob_schema.validate(job)
+
+
+def test_the_ray_of_the_manifests_is_the_pinned_one() -> None:
+    assert f"ray=={KubeRayConfig().ray_version}\n" in (ROOT / "constraints.txt").read_text()
+
+
+def test_a_cluster_asks_for_a_token_and_kueue_admits_the_jobs() -> None:
+    objects = rendered(run_config())
+    (cache,) = only(objects, "RayJob")
+    assert cache["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    for job in (cache, *only(objects, "Job")):
+        assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+        assert job["spec"]["suspend"] is True
+    for job in rendered(run_config(queue=None)):
+        assert "suspend" not in job.get("spec", {})
+
+
+def test_pods_are_unprivileged_and_name_secrets_only() -> None:
+    for pod in pods(rendered(run_config())):
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        for container in (*pod["containers"], *pod.get("initContainers", [])):
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["env"] == [
+                {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}
+            ]
+
+
+def test_training_waits_for_the_cache_and_the_report_for_every_student() -> None:
+    training, other, report = only(rendered(run_config()), "Job")
+    for job in (training, other):
+        (waiting,) = job["spec"]["template"]["spec"]["initContainers"]
+        assert waiting["command"][-4:] == ["--limit-s", str(KubeRayConfig().wait_s), "--job", "cache"]
+    (waiting,) = report["spec"]["template"]["spec"]["initContainers"]
+    assert waiting["command"][-4:] == ["--job", "train internvl", "--job", "train qwen2-vl"]
+
+
+def test_the_pods_of_one_training_find_each_other() -> None:
+    objects = rendered(run_config())
+    job, service = only(objects, "Job")[0], only(objects, "Service")[0]
+    name, pod = job["metadata"]["name"], job["spec"]["template"]["spec"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert pod["subdomain"] == service["metadata"]["name"] == name
+    command = pod["containers"][0]["command"]
+    assert command[command.index("--master") + 1] == f"{name}-0.{name}:29500"
+    assert (job["spec"]["completions"], command[command.index("--processes-per-node") + 1]) == (2, "8")
+    for item in objects:
+        assert len(item["metadata"]["name"]) <= 60
+
+
+def test_a_refusal_fails_the_job_and_a_preemption_does_not_count() -> None:
+    for job in only(rendered(run_config()), "Job"):
+        refused, disrupted = job["spec"]["podFailurePolicy"]["rules"]
+        assert (refused["action"], refused["onExitCodes"]["values"]) == ("FailJob", [2, 4])
+        assert disrupted["action"] == "Ignore"
+
+
+def test_the_run_file_in_the_cluster_is_the_one_at_hand() -> None:
+    config = run_config()
+    (config_map,) = only(rendered(config), "ConfigMap")
+    assert RunConfig.model_validate(yaml.safe_load(config_map["data"]["run.yaml"])) == config
+    for pod in pods(rendered(config)):
+        assert {"name": "run-file", "configMap": {"name": config_map["metadata"]["name"]}} in pod["volumes"]
+
+
+def test_no_image_is_an_error_except_in_a_plan() -> None:
+    config = run_config(image=None)
+    with pytest.raises(ConfigError, match=r"cluster\.kuberay\.image.*Dockerfile"):
+        rendered(config)
+    text = describe_kuberay(config)
+    assert all(isinstance(item, dict) for item in yaml.safe_load_all(text))
+    assert "image: IMAGE" in text
+
+
+@lru_cache(maxsize=1)
+def one_student() -> RunConfig:
+    values = {name: value for name, value in VALUES.items() if name not in ("answers", "evaluation")}
+    return RunConfig.model_validate(values | {"students": VALUES["students"][:1]})
+
+
+def check_round_trip(value: str) -> None:
+    """Whatever a run file holds arrives in the cluster as it is, and reaches no shell unquoted."""
+    hostile = {"image": value, "node_selector": {"label": value}, "tolerations": [{"key": value}]}
+    kube = KubeRayConfig.model_validate(KUBE | hostile | {"mount_path": f"/m{value}"})
+    cluster = ClusterConfig(kuberay=kube)
+    config = one_student().model_copy(update={"output_dir": f"/out/{value}", "cluster": cluster})
+    objects = rendered(config)
+    assert list(yaml.safe_load_all(as_yaml(objects))) == objects
+    (config_map,) = only(objects, "ConfigMap")
+    assert yaml.safe_load(config_map["data"]["run.yaml"])["output_dir"] == f"/out/{value}"
+    (cache,) = only(objects, "RayJob")
+    words = shlex.split(cache["spec"]["entrypoint"])
+    assert words[:4] == ["cd", f"/m{value}", "&&", "exec"]
+    assert words[4:8] == ["python", "-m", "launch.clusters.ray_driver", "cache"]
+    command = only(objects, "Job")[0]["spec"]["template"]["spec"]["containers"][0]["command"]
+    log_dir = command[command.index("--log-dir") + 1]
+    assert expanded(log_dir) == f"/out/{value}/logs/train-internvl-ranks"
+
+
+def expanded(text: str) -> str:
+    """Replace ``$(NAME)`` and ``$$`` as the kubelet does."""
+    return re.sub(r"\$(\$|\(([^)]*)\))", lambda found: "$" if found[1] == "$" else "EXPANDED", text)
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_hostile_values_arrive_or_are_refused(value: str) -> None:
+    if not value.isprintable():
+        with pytest.raises(ValidationError, match="one line of printable"):
+            run_config(image=value)
+        return
+    check_round_trip(value)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.text(max_size=40).filter(str.isprintable))
+def test_any_printable_text_arrives(value: str) -> None:
+    check_round_trip(value)
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_hostile_names_of_objects_are_refused_or_plain(value: str) -> None:
+    for field in ("namespace", "service_account", "queue", "claim"):
+        try:
+            accepted = getattr(KubeRayConfig.model_validate({field: value}), field)
+        except ValidationError:
+            continue
+        assert re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", accepted)
+    for secrets in ({f"{value} ": {"secret": "a", "key": "b"}}, {"A": {"secret": f"{value} ", "key": "b"}}):
+        with pytest.raises(ValidationError):
+            KubeRayConfig.model_validate({"secrets": secrets})
+
+
+def test_a_dollar_is_no_reference() -> None:
+    assert expanded(literal("$(HF_TOKEN) $$ $HOME")) == "$(HF_TOKEN) $$ $HOME"
+
+
+@pytest.fixture
+def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A kubectl that writes down what it is called with, and answers from files."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "kubectl"
+    program.write_text(
+        f'#!/bin/bash\necho "$@" >>{folder}/calls\ncase "$1" in\n'
+        f"apply) cat >{folder}/applied ;;\nget) cat {folder}/$3 2>/dev/null || exit 1 ;;\nesac\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_what_runs_is_left_alone_and_what_failed_is_made_anew(kubectl: Path) -> None:
+    config = run_config()
+    cache, first, second, report = run_jobs(config)
+    (kubectl / cache.name).write_text('{"status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}}')
+    (kubectl / first.name).write_text('{"status": {"conditions": [{"type": "Failed", "status": "True"}]}}')
+    states = {outcome.job.label: outcome.state for outcome in submit_kuberay(config)}
+    assert states == {
+        "cache": "under way already",
+        "train internvl": "submitted",
+        "train qwen2-vl": "submitted",
+        "report": "submitted",
+    }
+    applied = list(yaml.safe_load_all((kubectl / "applied").read_text()))
+    assert not only(applied, "RayJob")
+    assert only(applied, "Job")[0]["spec"]["template"]["spec"]["initContainers"], "the cache is still waited for"
+    calls = (kubectl / "calls").read_text()
+    assert f"delete jobs.batch {first.name} --namespace=vision" in calls
+    assert "delete rayjobs" not in calls
+    assert [json.loads(line)["job_id"] for line in Path("run/submit/jobs.jsonl").read_text().splitlines()] == [
+        first.name,
+        second.name,
+        report.name,
+    ]
+
+
+def test_pods_without_a_shared_folder_are_refused(kubectl: Path) -> None:
+    with pytest.raises(ConfigError, match="ReadWriteMany"):
+        submit_kuberay(run_config(claim=None))
+    assert not (kubectl / "applied").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "word"),
+    [
+        ({}, "PENDING"),
+        ({"active": 2}, "RUNNING"),
+        ({"conditions": [{"type": "Complete", "status": "True"}]}, "COMPLETE"),
+        ({"conditions": [{"type": "Failed", "status": "False"}], "active": 1}, "RUNNING"),
+        ({"jobDeploymentStatus": "Initializing"}, "INITIALIZING"),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}, "FAILED"),
+    ],
+)
+def test_states_of_kubernetes(status: dict[str, object], word: str) -> None:
+    assert kube_state(status) == word
+
+
+def test_waiting_ends_with_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(VALUES))
+    with pytest.raises(JobsMissing, match=r"cache of .* not complete after 0 s"):
+        wait_for_jobs(str(path), ["cache"], limit_s=0)
+    with pytest.raises(JobsMissing, match=r"cache of .* will not become complete: it failed"):
+        wait_for_jobs(str(path), ["cache"], limit_s=60, failed=lambda: "it failed")
+
+
+def test_no_field_holds_a_secret() -> None:
+    names = re.findall(
+        r'"([a-z_]*(?:token|password|secret|credential)[a-z_]*)":', json.dumps(ClusterConfig.model_json_schema())
+    )
+    assert set(names) <= {"secret", "secrets"}
+
+
+def test_the_dockerfile_pins_versions_and_drops_root() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    assert "constraints.txt" in text
+    assert re.search(r"^ARG BASE=nvidia/cuda:", text, re.MULTILINE)
+    assert re.findall(r"^USER (\S+)$", text, re.MULTILINE)[-1] == "1000"
+    assert ":latest" not in text
+    for instruction in re.findall(r"^RUN ((?:.|\\\n)*?)$", text, re.MULTILINE):
+        subprocess.run(["bash", "-n"], input=instruction, text=True, check=True)

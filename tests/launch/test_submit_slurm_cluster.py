@@ -1,0 +1,162 @@
+"""A run from `genrecal submit slurm` to the exported student, on a real Slurm of two nodes on this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.slurm_cluster import missing_programs, slurm_cluster
+from tests.launch.small_run import write_small_run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(missing_programs()),
+        reason=f"no {', '.join(missing_programs())}: apt-get install slurmctld slurmd slurm-client munge",
+    ),
+]
+
+COMMENT = 'a "quoted" \\ # comment $HOME'
+RESOURCES = {"gpus_per_node": 0, "cpus_per_process": 2, "sbatch": {"comment": COMMENT}}
+PASSED = ["HF_HUB_OFFLINE", "SLURM_CONF", "OMP_NUM_THREADS"]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as environment:
+        yield environment
+
+
+def genrecal(*arguments: str, environment: dict[str, str], cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments],
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def wait_for(condition: Callable[[], bool], *, what: str, logs: Path, limit_s: float = 400) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > end:
+            texts = "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(logs.glob("*.log")))
+            raise TimeoutError(f"no {what} within {limit_s:.0f} s\n{texts}")
+        time.sleep(0.5)
+
+
+def trainer(rank: int, *, run_file: str) -> psutil.Process | None:
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "train" in words and run_file in words and "bash" not in words[0]:
+            try:
+                if process.environ().get("SLURM_PROCID") == str(rank):
+                    return process
+            except psutil.Error:
+                continue
+    return None
+
+
+def test_a_run_survives_a_killed_trainer_and_is_not_run_twice(
+    slurm: dict[str, str], tiny_qwen2_vl: Path, tiny_internvl: Path, digit_samples: Path, tmp_path: Path
+) -> None:
+    jobs = {kind: RESOURCES | {"nodes": 2} for kind in ("cache", "train")} | {"report": RESOURCES}
+    cluster = {"slurm": {**jobs, "environment": PASSED, "setup": ['export MARK="set up"']}}
+    run_file = write_small_run(
+        tmp_path, teacher=tiny_qwen2_vl, student=tiny_internvl, data=digit_samples, cluster=cluster
+    )
+    output_dir, logs = tmp_path / "run", tmp_path / "run" / "submit" / "slurm" / "jobs"
+
+    def submit() -> list[dict[str, object]]:
+        return json.loads(genrecal("submit", "slurm", str(run_file), "--json", environment=slurm, cwd=tmp_path))
+
+    def shown(job_id: str) -> str:
+        command = ["scontrol", "show", "job", job_id]
+        return subprocess.run(command, env=slurm, capture_output=True, text=True, check=False).stdout
+
+    submitted = submit()
+    assert [outcome["state"] for outcome in submitted] == ["submitted"] * 3
+    ids = [str(outcome["job_id"]) for outcome in submitted]
+    assert f"Comment={COMMENT}" in shown(ids[0])
+    assert "Dependency" in shown(ids[1])
+    assert [outcome["state"] for outcome in submit()] == ["under way already"] * 3
+    assert not (output_dir / "training").exists(), "training began before the cache was complete"
+
+    checkpoints = output_dir / "training" / "small" / "align"
+    wait_for(lambda: any(checkpoints.rglob("COMMIT*")), what="checkpoint", logs=logs)
+    frozen = str(next((output_dir / "submit" / "run-files").iterdir()))
+    victim = trainer(1, run_file=frozen)
+    assert victim is not None
+    victim.send_signal(signal.SIGKILL)
+
+    def standing() -> dict[str, dict[str, object]]:
+        listed = json.loads(genrecal("jobs", str(tmp_path), "--json", environment=slurm, cwd=tmp_path))
+        return {entry["submission"]["label"]: entry for entry in listed}
+
+    wait_for(lambda: (output_dir / "report.html").exists(), what="report", logs=logs)
+    wait_for(lambda: standing()["report"]["state"] == "COMPLETED", what="end of the last job", logs=logs, limit_s=60)
+    assert {label: entry["complete"] for label, entry in standing().items()} == {
+        "cache": True,
+        "train small": True,
+        "report": True,
+    }
+    assert "Restarts=1" in shown(ids[1])
+    assert (output_dir / "students" / "small" / "model.safetensors").is_file()
+    assert not list(logs.glob("*.token"))
+    assert [outcome["state"] for outcome in submit()] == ["complete already"] * 3
+    text = run_file.read_text().replace("max_steps: 12", "max_steps: 13")
+    run_file.write_text(text)
+    plan = genrecal("submit", "slurm", str(run_file), "--plan", environment=slurm, cwd=tmp_path)
+    assert "complete already: cache" in plan
+    assert "STUDENTS=(small)" in plan
+
+
+def test_a_refused_job_is_not_queued_again(
+    slurm: dict[str, str], tiny_internvl: Path, digit_samples: Path, tmp_path: Path
+) -> None:
+    """The trainer exits 4 in one task; srun reports the signal that ended the other."""
+    cluster = {"slurm": {"train": RESOURCES | {"nodes": 2}}}
+    run_file = write_small_run(
+        tmp_path, teacher=tiny_internvl, student=tiny_internvl, data=digit_samples, cluster=cluster
+    )
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "genrecal").write_text('#!/bin/bash\n[ "$SLURM_PROCID" = 0 ] && exit 4\nsleep 60\n')
+    (folder / "genrecal").chmod(0o755)
+    plan = genrecal("submit", "slurm", str(run_file), "--plan", environment=slurm, cwd=tmp_path)
+    script = next(part for part in plan.split("# ==> ") if "train.sbatch\n" in part).partition("\n")[2]
+    script = script.replace(f"PATH={Path(sys.executable).parent}:", f"PATH={folder}:")
+    (tmp_path / "run" / "submit" / "slurm" / "jobs").mkdir(parents=True)
+    (tmp_path / "train.sbatch").write_text(script)
+    done = subprocess.run(
+        ["sbatch", "--wait", "train.sbatch"],
+        cwd=tmp_path,
+        env=slurm,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 4, done.stdout + done.stderr
+
+
+def test_the_environment_of_a_job_holds_no_more_than_was_named(slurm: dict[str, str], tmp_path: Path) -> None:
+    script = tmp_path / "print.sbatch"
+    script.write_text(f"#!/bin/bash\n#SBATCH --export=HOME,PATH,USER,NAMED\n#SBATCH --output={tmp_path}/out\nenv\n")
+    environment = slurm | {"NAMED": "yes", "OTHER_SECRET": "no"}
+    subprocess.run(["sbatch", "--wait", str(script)], env=environment, check=True, capture_output=True, timeout=60)
+    printed = (tmp_path / "out").read_text()
+    assert "NAMED=yes" in printed
+    assert "OTHER_SECRET" not in printed
+    assert os.environ["HOME"] in printed
