@@ -1,8 +1,7 @@
 """Model FLOPs of a stage from parameter counts: what the mathematics needs, whatever is recomputed or padded.
 
 A linear map with P parameters costs 2 P operations per row forward, 2 P for the gradient of its input and 2 P for that
-of its weights where it is trained. Attention scores are left out, and rows of padding are not counted, so the figure is
-a lower bound.
+of its weights where it is trained. Attention scores and rows of padding are left out.
 """
 
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from distill.batch import Batch, RecalibratedPass
 from distill.stage_spec import StageSpec
 from distill.stages import StageModel
 from distill.student import name_parts
+from recalibrator import Recalibrator
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -29,6 +29,9 @@ class PartSizes:
     student_head: int = 0
     pre_projection: int = 0
     blocks: int = 0
+    """Of the Recalibrator, without the last one's feed-forward part."""
+    last_feed_forward: int = 0
+    """That part, which runs where an answer token is predicted."""
     post_projection: int = 0
     teacher_head: int = 0
 
@@ -87,7 +90,7 @@ class ModelFlops:
         teacher_rows = len(passed.answer_rows) + (0 if passed.question_rows is None else len(passed.question_rows))
         total = _cost(sizes.pre_projection, teacher_rows, trained=trained)
         total += _cost(sizes.blocks, sum(passed.plan.lengths), trained=trained, passes_gradient=True)
-        total += _cost(sizes.post_projection, rows, trained=trained, passes_gradient=True)
+        total += _cost(sizes.last_feed_forward + sizes.post_projection, rows, trained=trained, passes_gradient=True)
         if with_head:
             # recalibrated rows forward and back, the teacher's own rows forward
             total += 6.0 * sizes.teacher_head * rows
@@ -113,23 +116,24 @@ def part_sizes(model: StageModel) -> PartSizes:
         counts[parts[name]] += _numel(parameter)
     head: Any = model.student.get_output_embeddings()
     recalibrator, teacher_head = model.recalibrator, model.teacher_head
-    own = (
-        {}
-        if recalibrator is None
-        else {
-            "pre_projection": _size(recalibrator.pre_projection),
-            "blocks": _size(recalibrator.blocks),
-            "post_projection": _size(recalibrator.post_projection),
-        }
-    )
     return PartSizes(
         vision_encoder=counts.get("vision_encoder", 0),
         projector=counts.get("projector", 0),
         body=counts.get("body", 0),
         student_head=_numel(head.weight),
         teacher_head=0 if teacher_head is None else teacher_head.weight.numel(),
-        **own,
+        **({} if recalibrator is None else _recalibrator_sizes(recalibrator)),
     )
+
+
+def _recalibrator_sizes(recalibrator: Recalibrator) -> dict[str, int]:
+    last = _size(getattr(recalibrator.blocks[-1], "mlp", nn.Module()))
+    return {
+        "pre_projection": _size(recalibrator.pre_projection),
+        "blocks": _size(recalibrator.blocks) - last,
+        "last_feed_forward": last,
+        "post_projection": _size(recalibrator.post_projection),
+    }
 
 
 def _cost(parameters: int, rows: float, *, trained: bool, passes_gradient: bool = False) -> float:
