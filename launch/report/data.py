@@ -186,7 +186,7 @@ def _read_stage_logs(run_dir: Path, *, notes: list[str]) -> tuple[StageLog, ...]
                 records=tuple(by_step[step] for step in sorted(by_step)),
                 folder=path.parent,
                 skipped_updates=tuple(_read_lines(path.with_name("faults.jsonl"))),
-                last_line_at=f"{written:%Y-%m-%d %H:%M:%S}",
+                last_line_at=f"{written:%d %b %H:%M:%S}",
             )
         )
     if not logs:

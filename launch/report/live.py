@@ -74,7 +74,7 @@ def _progress_row(student: str, stage: str, *, log: StageLog | None) -> dict[str
     step = int(log.records[-1]["global_step"])
     remaining = _last(log, "time/remaining_s")
     row |= {
-        "state": "done" if log.is_done else f"last line {log.last_line_at}",
+        "state": "done" if log.is_done else f"at {log.last_line_at}",
         "step": step,
         "max_steps": _last(log, "max_steps"),
         "loss": _last(log, "train/loss"),
@@ -121,7 +121,7 @@ def _validation_figure(rows: Mapping[str, Sequence[Panel]]) -> str:
             if with_accuracy:
                 chain_stages(line[1], panels, metrics=ACCURACY)
                 line[1].set_title("accuracy", loc="left")
-                line[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+                line[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
     return draw(paint, height=0.3 + 2.3 * len(rows), prefix="validation") if rows else ""
 
@@ -136,7 +136,7 @@ def _throughput_figure(rows: Mapping[str, Sequence[Panel]]) -> str:
             line[0].set_title(f"{student}: tokens per second", loc="left")
             line[1].set_title("share of the step, of the rows", loc="left")
             line[2].set_title("peak memory, GiB", loc="left")
-            line[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+            line[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         shared_legend(figure, axes[:, 1:].ravel())
 
     return draw(paint, height=0.6 + 2.3 * len(rows), prefix="throughput") if rows else ""

@@ -400,3 +400,81 @@ def test_images_that_no_browser_shows_become_png() -> None:
 )
 def test_byte_counts_read_well(count: float, text: str) -> None:
     assert format_bytes(count) == text
+
+
+def test_a_run_that_goes_on_shows_how_far_it_is(tmp_path: Path) -> None:
+    write_live_run(tmp_path)
+    text = " ".join(" ".join(Page(write_report(tmp_path).read_text(encoding="utf-8")).text).split())
+    assert "internvl align done 100" in text
+    assert re.search(r"distill at \d\d \w{3} [\d:]{8} 63 / 100 \d\.\d{4} 1\.600 1,000 25 % 2 0:37", text)
+    assert "finetune not begun" in text
+    assert "llava align not begun" in text
+    for heading in ("Validation while training", "Throughput and memory", "Updates that were not made"):
+        assert heading in text
+    assert "internvl distill 41 loss spike 183.200 912.100 s0, s1, s2, s3 and 5 more" in text
+    assert re.search(r"internvl distill 55 loss not finite \S \S s7", text)
+
+
+def write_live_run(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    for stage, steps in {"align": 100, "distill": 63}.items():
+        target = folder / "training" / "internvl" / stage
+        target.mkdir(parents=True)
+        records = [
+            record
+            | {"max_steps": 100, "time/remaining_s": 100 - record["global_step"], "memory/peak_rss_gib": 2.0}
+            | {"throughput/tokens_per_s": 1000.0, "data/wait_fraction": 0.25, "data/padding_fraction": 0.1}
+            for record in stage_records(stage, random=random)[:steps]
+        ]
+        if stage == "distill":
+            records.insert(0, {"global_step": 0, "validation/bits_per_byte": 1.9, "validation/accuracy": 0.1})
+            records[60] |= {"validation/bits_per_byte": 1.6, "validation/accuracy": 0.3}
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (target / "metrics.jsonl").write_text(lines + '{"global_step": 64, "tr')
+    (folder / "training" / "internvl" / "align" / "DONE.json").write_text("{}")
+    many = {"rank": 0, "sample_ids": [f"s{index}" for index in range(9)], "reasons": []}
+    one = {"rank": 1, "sample_ids": ["s7"], "reasons": ["why"]}
+    faults = [
+        {"global_step": 41, "kind": "loss spike", "loss": 183.2, "grad_norm": 912.1, "limit": 12.0, "shares": [many]},
+        {"global_step": 55, "kind": "loss not finite", "loss": None, "grad_norm": None, "limit": None, "shares": [one]},
+    ]
+    path = folder / "training" / "internvl" / "distill" / "faults.jsonl"
+    path.write_text("".join(json.dumps(fault) + "\n" for fault in faults))
+    (folder / "run-files").mkdir()
+    students = [{"name": name, "method": "genrecal"} for name in STUDENTS]
+    (folder / "run-files" / "a.yaml").write_text(json.dumps({"cache": {"uri": "nowhere"}, "students": students}))
+
+
+def test_a_watched_report_reloads_itself_and_ends_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_live_run(tmp_path)
+    path = tmp_path / "report.html"
+    pages = []
+
+    def finish(_: float) -> None:
+        pages.append(path.read_text(encoding="utf-8"))
+        for student in STUDENTS:
+            for stage in ("align", "distill", "finetune"):
+                folder = tmp_path / "training" / student / stage
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "metrics.jsonl").touch()
+                (folder / "DONE.json").write_text("{}")
+
+    monkeypatch.setattr("time.sleep", finish)
+    assert report_command([str(tmp_path), "--watch", "30"]) == 0
+    (live,) = pages
+    assert '<meta http-equiv="refresh" content="30">' in live
+    assert 'http-equiv="refresh"' not in path.read_text(encoding="utf-8")
+    assert capsys.readouterr().out == f"{path}\n{path}\n"
+
+
+def test_a_watched_report_ends_on_ctrl_c_with_a_page_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    assert report_command([str(tmp_path), "--watch", "5"]) == 0
+    assert "refresh" not in (tmp_path / "report.html").read_text(encoding="utf-8")
