@@ -9,7 +9,7 @@ import torch
 from distill.batch import Batch
 from distill.engine import Engine
 from distill.processes import Processes
-from distill.stages import Counts, ShuffleSums, batch_counts
+from distill.stage_sums import Counts, ShuffleSums, batch_counts
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distill.config import StageConfig
 from distill.stage_spec import StageSpec
-from distill.stages import Counts
+from distill.stage_sums import Counts
 
 
 def learning_rate(config: StageConfig, *, step: int, max_steps: int) -> float:

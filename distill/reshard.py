@@ -197,4 +197,4 @@ def _rest(tensors: ZeroTensors) -> dict[str, Tensor]:
 def _digest(tensor: Tensor) -> str:
     # whatever its shape, which the universal form does not keep
     content = tensor.detach().cpu().contiguous().flatten()
-    return blake3(str(content.dtype).encode()).update(content.view(torch.uint8).numpy()).hexdigest()
+    return blake3(str(content.dtype).encode()).update(content.view(torch.uint8).numpy().data).hexdigest()

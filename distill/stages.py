@@ -5,7 +5,7 @@ computed here too. The teacher's body is never part of it; its head is a plain t
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 import transformers
@@ -19,55 +19,13 @@ from distill.loss_inputs import BadRows
 from distill.losses import TokenLosses, feature_mse, linear_ce, linear_ce_kl
 from distill.refusals import is_finite, nan_of, zero_bad
 from distill.stage_spec import StageSpec, TrainedPart
+from distill.stage_sums import Counts, ShuffleSums, StageLosses, Totals
 from distill.student import last_hidden_state, logit_options, name_parts
 from recalibrator import Recalibrator
 from teacher_cache.errors import ConfigError
 from teacher_cache.schema import TeacherHead
 
 Task = Literal["losses", "question_shuffle", "features", "answer_nats", "generate"]
-
-
-class Totals(NamedTuple):
-    """Sums over supervised tokens; the losses in nats, but feature_mse and uld in squared features and probability.
-
-    A tuple, so that ZeRO-3's hooks see the tensors inside.
-    """
-
-    ce_loss: Tensor
-    kl_loss: Tensor
-    boundary_ce: Tensor
-    regularization_loss: Tensor
-    sft_loss: Tensor
-    baseline_loss: Tensor
-    """Of kd per student token, of uld per aligned span."""
-
-
-class Counts(NamedTuple):
-    """Supervised tokens, weighted."""
-
-    answer_tokens: float
-    boundary_tokens: float
-    regularization_tokens: float
-    student_tokens: float
-    baseline_terms: float
-    """Student tokens of kd, aligned spans of uld."""
-
-
-class StageLosses(NamedTuple):
-    """Share of one micro-batch of one process in the loss of the global batch, and its parts."""
-
-    loss: Tensor
-    totals: Totals
-
-
-class ShuffleSums(NamedTuple):
-    """Sums of cross-entropy, in nats, with the student's rows of the sample itself and with another sample's."""
-
-    own: Tensor
-    own_boundary: Tensor
-    """Over the boundary rows alone."""
-    other: Tensor
-    other_boundary: Tensor
 
 
 class StageModel(nn.Module):
@@ -300,20 +258,6 @@ class StageModel(nn.Module):
             parameter.requires_grad_(parts[name] in self.spec.trained)
         if self.recalibrator is not None:
             self.recalibrator.requires_grad_("recalibrator" in self.spec.trained)
-
-
-def batch_counts(batch: Batch) -> Counts:
-    """Return the supervised tokens of one micro-batch."""
-    main, regularization, targets = batch.main, batch.regularization, batch.logit_targets
-    student_tokens = float(batch.student.weights.sum())
-    spans = None if targets is None else targets.span_weights
-    return Counts(
-        answer_tokens=0.0 if main is None else float(main.weights.sum()),
-        boundary_tokens=0.0 if main is None else float((main.weights * main.plan.boundary_mask).sum()),
-        regularization_tokens=0.0 if regularization is None else float(regularization.weights.sum()),
-        student_tokens=student_tokens,
-        baseline_terms=student_tokens if spans is None else float(spans.sum()),
-    )
 
 
 def _recalibrated_rows(batch: Batch) -> Tensor:

@@ -22,7 +22,7 @@ from distill.order import SampleOrder
 from distill.processes import Processes
 from distill.signals import Interrupted, Signals
 from distill.skipped import SkippedSamples
-from distill.stages import Counts, StageLosses, Totals, batch_counts
+from distill.stage_sums import Counts, StageLosses, Totals, batch_counts
 from distill.throughput import StepClock, step_work, throughput_metrics
 from distill.watchdog import Watchdog
 from distill.watching import Watching

@@ -12,7 +12,8 @@ from distill.data import JoinedData, StudentEncoder, join_cache
 from distill.engine import Engine
 from distill.live import TargetSource
 from distill.stage_spec import StageSpec, stage_spec
-from distill.stages import Counts, StageModel, batch_counts
+from distill.stage_sums import Counts, batch_counts
+from distill.stages import StageModel
 from distill.student import load_student, resolve_model
 from recalibrator import Recalibrator, RecalibratorConfig
 from teacher_cache.chat import load_processor

@@ -13,7 +13,8 @@ from distill.config import Stage, StudentConfig, TrainConfig
 from distill.data import StudentEncoder, join_cache
 from distill.processes import Processes
 from distill.stage_spec import stage_spec
-from distill.stages import Counts, StageModel, batch_counts
+from distill.stage_sums import Counts, batch_counts
+from distill.stages import StageModel
 from distill.student import load_student
 from distill.zero import make_engine
 from recalibrator import Recalibrator, RecalibratorConfig

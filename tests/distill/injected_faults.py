@@ -15,7 +15,8 @@ from distill.batch import Batch
 from distill.faults import FaultState
 from distill.loader import RankBatches
 from distill.skipped import SkippedSamples
-from distill.stages import StageLosses, StageModel
+from distill.stage_sums import StageLosses
+from distill.stages import StageModel
 from distill.step import Loop, Outcome, take_step
 
 Forward = Callable[..., Any]

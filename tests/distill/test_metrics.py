@@ -7,7 +7,7 @@ import pytest
 
 from distill.config import DistillConfig
 from distill.gaps import BOUNDARY_GAP_METRIC, GAP_METRIC, REST_GAP_METRIC, GapWarning, gap_metrics
-from distill.stages import Counts
+from distill.stage_sums import Counts
 from distill.trainer import train_student
 from teacher_cache.config import CacheConfig
 from tests.distill.small_cache import build_small_cache, write_data

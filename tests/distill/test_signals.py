@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from distill import loop, trainer
+from distill import loop, stage_setup
 from distill.loader import RankBatches
 from teacher_cache.config import CacheConfig
 from tests.distill.small_cache import build_small_cache, write_data
@@ -43,7 +43,7 @@ def terminate() -> None:
 @contextmanager
 def in_set_up() -> Iterator[None]:
     """Send the signal while the data are joined with the cache."""
-    with mock.patch.object(trainer, "join_cache", after(terminate, trainer.join_cache)):
+    with mock.patch.object(stage_setup, "join_cache", after(terminate, stage_setup.join_cache)):
         yield
 
 

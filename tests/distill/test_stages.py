@@ -22,7 +22,8 @@ from distill.data import JoinedData, StudentEncoder, join_cache
 from distill.losses import forward_kl, jensen_shannon, reverse_kl
 from distill.metrics import loss_metrics
 from distill.stage_spec import stage_spec
-from distill.stages import StageModel, batch_counts
+from distill.stage_sums import batch_counts
+from distill.stages import StageModel
 from distill.student import load_student, name_parts
 from distill.uld import aligned_uld_loss, span_scale, topk_distance
 from recalibrator import Recalibrator, RecalibratorConfig

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from distill.batch import Batch
 from distill.config import AlignConfig, RecalibratorOptions, TrainConfig
 from distill.gaps import BOUNDARY_GAP_METRIC, REST_GAP_METRIC, gap_metrics
-from distill.stages import StageModel, batch_counts
+from distill.stage_sums import batch_counts
+from distill.stages import StageModel
 from distill.stand_ins import StandIns, choose_stand_ins, other_stand_ins
 from recalibrator.joint_sequence import JointSequence
 from teacher_cache.config import CacheConfig
