@@ -10,7 +10,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen2VLText
 from launch.run_config import RunConfig, load_run_config
 from recalibrator import Recalibrator, RecalibratorConfig
 
-EXAMPLES = {path.stem: path for path in (Path(__file__).parents[2] / "examples").glob("*.yaml")}
+EXAMPLES = {path.stem: path for path in (Path(__file__).parents[2] / "examples").glob("*_from_*.yaml")}
 PAIRS = {
     "internvl2_5-8b_from_qwen2-vl-72b",
     "qwen2-vl-2b_from_qwen2-vl-72b",

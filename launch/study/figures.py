@@ -1,0 +1,175 @@
+"""The figures of the study's page, one SVG file each."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from launch.report.embedding import Features
+from launch.study.results import Row
+from launch.study.statistics import estimate
+from launch.study.tables import TEACHER, by_arm
+
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "genrecal",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+}
+MARKERS = {"z_s": "o", "r_s": "o", "z_l": "x", "r_l": "^"}
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""Steps and values by arm."""
+
+
+def draw(path: Path, paint: Callable[[Figure], None], *, width: float = 8.0, height: float) -> None:
+    """Write one figure."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        paint(figure)
+        partial = path.with_suffix(".partial")
+        figure.savefig(partial, format="svg", metadata={"Date": None}, facecolor="white")
+    partial.replace(path)
+
+
+def accuracy_figure(rows: Sequence[Row], path: Path) -> None:
+    """Draw the accuracy of each arm with its interval, one panel per student."""
+    students = _students(rows)
+    arms = list(by_arm(row for row in rows if row.arm != TEACHER))
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots(1, len(students), squeeze=False, sharey=True)[0]
+        for axis, student in zip(axes, students, strict=True):
+            for teacher, color in _teacher_colors(rows).items():
+                own = by_arm(row for row in rows if row.student == student and row.teacher == teacher)
+                for arm, found in own.items():
+                    one = estimate([row.accuracy for row in found])
+                    margin = 0 if np.isnan(one.margin) else one.margin
+                    place = arms.index(arm)
+                    axis.errorbar(
+                        one.mean, place, xerr=margin, fmt="o", ms=4, color=color, label=teacher or "no teacher"
+                    )
+            axis.set_title(student)
+            axis.set_xlabel("accuracy, 95 % interval over seeds")
+            axis.set_yticks(range(len(arms)), arms)
+            axis.set_ylim(len(arms) - 0.5, -0.5)
+        _legend(figure, axes)
+
+    draw(path, paint, height=1.6 + 0.24 * len(arms))
+
+
+def cost_figure(rows: Sequence[Row], path: Path, *, cost: Callable[[Row], float], label: str) -> None:
+    """Draw mean accuracy against a cost, one panel per student, each arm a point with its name."""
+    students = _students(rows)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots(1, len(students), squeeze=False)[0]
+        for axis, student in zip(axes, students, strict=True):
+            for teacher, color in _teacher_colors(rows).items():
+                own = by_arm(row for row in rows if row.student == student and row.teacher == teacher)
+                for arm, found in own.items():
+                    x, y = (float(np.mean([value(row) for row in found])) for value in (cost, _accuracy))
+                    axis.plot(x, y, "o", ms=4, color=color, label=teacher or "no teacher")
+                    axis.annotate(arm, (x, y), (4, 2), textcoords="offset points", fontsize=6)
+            axis.set_title(student)
+            axis.set_xlabel(label)
+            axis.set_ylabel("accuracy")
+        _legend(figure, axes)
+
+    draw(path, paint, width=4.5 * len(students), height=4.0)
+
+
+def gap_figure(curves: Mapping[str, Mapping[str, Curves]], path: Path) -> None:
+    """Draw the question-shuffle gap over training: pair -> kind of rows -> arm -> curve."""
+
+    def paint(figure: Figure) -> None:
+        kinds = list(next(iter(curves.values())))
+        axes = figure.subplots(len(curves), len(kinds), squeeze=False)
+        for line, (pair, panels) in zip(axes, curves.items(), strict=True):
+            for axis, kind in zip(line, kinds, strict=True):
+                for arm, (steps, values) in panels[kind].items():
+                    axis.plot(steps, values, marker=".", lw=1, label=arm)
+                axis.set_title(f"{pair}: {kind} rows", fontsize=8)
+                axis.set_xlabel("step, align then distill")
+            line[0].set_ylabel("question-shuffle gap, nats per token")
+        _legend(figure, axes.ravel())
+
+    draw(path, paint, width=9.0, height=0.8 + 2.6 * len(curves))
+
+
+def embedding_figure(panels: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw embedded features: title -> set -> points."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots(-(-len(panels) // 4), min(4, len(panels)), squeeze=False).ravel()
+        for axis, (title, sets) in zip(axes, panels.items(), strict=False):
+            for name, points in sets.items():
+                axis.scatter(*np.asarray(points).T, s=9, marker=MARKERS[name], linewidths=0.8, alpha=0.7, label=name)
+            axis.set_title(title, fontsize=7)
+            axis.set(xticks=[], yticks=[])
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        _legend(figure, axes)
+
+    draw(path, paint, width=10.0, height=0.6 + 2.6 * -(-len(panels) // 4))
+
+
+def cosine_figure(features: Mapping[str, Features], path: Path) -> None:
+    """Draw, per arm, the cosines of the Recalibrator's pooled outputs: students' questions by teacher's questions."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots(1, len(features), squeeze=False)[0]
+        for axis, (arm, found) in zip(axes, features.items(), strict=True):
+            cosines = cosine_matrix(found["r_s"], found["r_l"])
+            image = axis.imshow(cosines, cmap="viridis", vmin=-1, vmax=1)
+            axis.set_title(f"{arm}: diagonal {np.diag(cosines).mean():.2f}, others {_others(cosines):.2f}", fontsize=8)
+            axis.set(xlabel="sample, r_l", ylabel="sample, r_s")
+            axis.grid(visible=False)
+        figure.colorbar(image, ax=list(axes), shrink=0.8)
+
+    draw(path, paint, width=4.0 * len(features), height=3.6)
+
+
+def cosine_matrix(
+    left: Float[np.ndarray, "samples width"], right: Float[np.ndarray, "samples width"]
+) -> Float[np.ndarray, "samples samples"]:
+    """Return the cosine of each vector of one set with each of the other, both centred.
+
+    Without the mean, which all samples share, every cosine is near 1.
+    """
+    sides = [values - values.mean(0) for values in (left, right)]
+    units = [values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12) for values in sides]
+    return units[0] @ units[1].T
+
+
+def _others(matrix: Float[np.ndarray, "samples samples"]) -> float:
+    return float(matrix[~np.eye(len(matrix), dtype=bool)].mean())
+
+
+def _students(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.student for row in rows if row.student is not None))
+
+
+def _teacher_colors(rows: Sequence[Row]) -> dict[str | None, str]:
+    teachers = dict.fromkeys(row.teacher for row in rows if row.student is not None)
+    named = [teacher for teacher in teachers if teacher is not None]
+    return {None: "#666666", **{teacher: f"C{index}" for index, teacher in enumerate(named)}}
+
+
+def _accuracy(row: Row) -> float:
+    return row.accuracy
+
+
+def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(6, len(entries)))

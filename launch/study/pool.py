@@ -1,0 +1,147 @@
+"""Tasks in parallel processes: each process does one after the other, and one that dies takes only its task along."""
+
+import importlib
+import logging
+import multiprocessing
+import os
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from launch.processes import FATE_SHARED, end_with_parent
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 60.0
+"""Seconds that a task has for its checkpoint when the study is stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One call in a process of its own."""
+
+    name: str
+    target: str
+    """``module:function``."""
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a task ended."""
+
+    task: Task
+    error: str | None
+    """None where it went well."""
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class _Worker:
+    process: Any
+    pipe: Connection
+    task: Task | None = None
+    began: float = 0.0
+
+
+def run_tasks(tasks: Sequence[Task], *, workers: int, threads: int, log_dir: Path) -> Iterator[Outcome]:
+    """Run tasks in their order, ``workers`` at a time, and yield each as it ends, well or not.
+
+    When the caller stops early, running tasks get SIGTERM and time to keep what they have.
+    """
+    queue, crew = deque(tasks), [_start(threads, log_dir) for _ in range(min(workers, len(tasks)))]
+    try:
+        for worker in crew:
+            _give(worker, queue)
+        while any(worker.task for worker in crew):
+            ready = wait([worker.pipe for worker in crew if worker.task])
+            for index, worker in enumerate(crew):
+                if worker.pipe not in ready or worker.task is None:
+                    continue
+                outcome, alive = _outcome(worker)
+                if not alive:
+                    worker.process.join()
+                    crew[index] = worker = _start(threads, log_dir)
+                _give(worker, queue)
+                yield outcome
+    finally:
+        _stop(crew)
+
+
+def _start(threads: int, log_dir: Path) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    # what a child reads when it imports must be in the environment before it starts
+    previous = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", FATE_SHARED)}
+    os.environ |= {"OMP_NUM_THREADS": str(threads), FATE_SHARED: "1"}
+    try:
+        process = context.Process(target=_work, args=(theirs, threads, log_dir), daemon=False)
+        process.start()
+    finally:
+        for name, value in previous.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    theirs.close()
+    return _Worker(process=process, pipe=ours)
+
+
+def _give(worker: _Worker, queue: deque[Task]) -> None:
+    worker.task = queue.popleft() if queue else None
+    worker.began = time.monotonic()
+    if worker.task is not None:
+        worker.pipe.send(worker.task)
+
+
+def _outcome(worker: _Worker) -> tuple[Outcome, bool]:
+    """Return how the worker's task ended, and whether the worker can take another."""
+    assert worker.task is not None
+    try:
+        error, alive = worker.pipe.recv(), True
+    except EOFError:
+        worker.process.join()
+        error, alive = f"the process ended with exit code {worker.process.exitcode}", False
+    return Outcome(task=worker.task, error=error, seconds=time.monotonic() - worker.began), alive
+
+
+def _stop(crew: Sequence[_Worker]) -> None:
+    for worker in crew:
+        worker.pipe.close()
+        if worker.task is not None:
+            worker.process.terminate()
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    for worker in crew:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+
+
+def _work(pipe: Connection, threads: int, log_dir: Path) -> None:
+    """Do tasks until the other side is gone."""
+    end_with_parent()
+    import torch
+
+    from launch.logs import setup_logging
+
+    torch.set_num_threads(threads)
+    setup_logging(log_dir / f"worker-{os.getpid()}.log", console=False)
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, OSError):
+            return
+        logger.info("begin %s", task.name)
+        error = None
+        try:
+            module, function = task.target.split(":")
+            getattr(importlib.import_module(module), function)(*task.arguments)
+        except Exception as fault:
+            logger.exception("%s failed", task.name)
+            error = "".join(traceback.format_exception_only(fault)).strip()
+        with suppress(BrokenPipeError):
+            pipe.send(error)
