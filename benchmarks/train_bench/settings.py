@@ -46,7 +46,7 @@ FULL = Settings(
     ),
     students={
         "llava": replace(_STUDENT, family="llava", tokenizer="metaspace-bpe", tile_size=32),
-        "internvl": replace(_STUDENT, family="internvl", tokenizer="unigram", tile_size=64),
+        "internvl": replace(_STUDENT, family="internvl", text_model="qwen3", tile_size=64),
         "qwen2-vl": _STUDENT,
     },
     num_samples=32,
@@ -55,7 +55,7 @@ FULL = Settings(
     stage={"global_batch_size": 8, "micro_batch_size": 4},
     step_pairs=5,
     trainings_samples=24,
-    overhead_stage={"global_batch_size": 16, "micro_batch_size": 4},
+    overhead_stage={"global_batch_size": 8, "micro_batch_size": 4},
     overhead_pairs=20,
 )
 _SMALL = ModelSpec(family="qwen2-vl", tokenizer="byte-bpe", vocab_size=384)
@@ -69,7 +69,7 @@ QUICK = Settings(
     image_side=16,
     stage={"global_batch_size": 4, "micro_batch_size": 2},
     step_pairs=2,
-    trainings_samples=4,
+    trainings_samples=8,
     overhead_stage={"global_batch_size": 4, "micro_batch_size": 2},
     overhead_pairs=2,
 )
