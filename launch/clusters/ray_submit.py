@@ -54,7 +54,7 @@ def plan_ray(config: RunConfig, jobs: Sequence[Job]) -> list[tuple[Job, RayJob]]
         if before:
             arguments += ["--wait-s", str(ray.wait_s)]
         arguments += ["--attempts", str(ray.max_attempts)]
-        working_dir = ray.working_dir or str(Path.cwd())
+        working_dir = str(Path.cwd()) if ray.working_dir is None else ray.working_dir
         steps = [f". {shlex.quote(ray.environment_file)}"] if ray.environment_file is not None else []
         steps += [f"cd {shlex.quote(working_dir)}", f"exec {shlex.join(arguments)}"]
         metadata = {"job": job.label, "run_file": str(frozen_run_file(config))}

@@ -13,9 +13,9 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 job_port=$((20000 + SLURM_JOB_ID % 10000))
 stop=""
 
-# Slurm sends USR1 before the time limit and TERM when it preempts: the work saves and ends, the job is queued again
-trap 'stop=USR1; stop_work' USR1
-trap 'stop=TERM; stop_work' TERM
+# USR1 comes before the time limit, TERM with a preemption: the work saves and ends, then the job is queued again
+trap 'stop=USR1; stop_work USR1' USR1
+trap 'stop=TERM; stop_work TERM' TERM
 
 wait_for() { # the exit code of a process, however many signals this shell receives meanwhile
     local code
@@ -42,7 +42,9 @@ end_job() { # 0 is done; 2, 4 and an error of its own (1) stay failed; anything 
         exit 3
     fi
     echo "incomplete (exit code $code${stop:+, after $stop}): queued again" >&2
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script meanwhile
+    trap 'exit 3' TERM # Slurm ends this script before it starts the next
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60 &
+    wait "$!"
     exit 3
 }
 """
@@ -99,7 +101,11 @@ end_job 0
 """
 
 TRAIN = """\
-stop_work() { scancel --signal=TERM "$SLURM_JOB_ID"; } # every task of the step, not this script
+stop_work() {
+    # every task, not this script; with TERM Slurm has told them itself. Unlimited, scancel would try until it meets the
+    # job that is queued again
+    if [ "$1" = USR1 ]; then timeout 10 scancel --signal=TERM "$SLURM_JOB_ID"; fi
+}
 
 export STUDENT="${STUDENTS[$SLURM_ARRAY_TASK_ID]}" RUN_FILE refused
 export MASTER_ADDR="$head_node" MASTER_PORT="$job_port"

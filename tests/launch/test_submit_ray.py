@@ -1,0 +1,182 @@
+"""What is sent to a Ray cluster: golden file, hostile values, and the refusal of a cluster that asks for no token."""
+
+import http.server
+import os
+import shlex
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launch.clusters import ray_driver
+from launch.clusters.config import ClusterConfig, RayConfig
+from launch.clusters.jobs import run_jobs
+from launch.clusters.node_ranks import NodePlace, decisive, run_ranks
+from launch.clusters.ray_submit import connect, dashboard_address, describe_ray, plan_ray
+from launch.run_config import RunConfig
+from teacher_cache.errors import ConfigError, GenrecalError
+from tests.launch.golden import compare
+from tests.launch.hostile import HOSTILE
+from tests.launch.test_submit_slurm import VALUES
+
+
+def run_config(**ray: object) -> RunConfig:
+    return RunConfig.model_validate(VALUES | {"output_dir": "/work/run", "cluster": {"ray": ray}})
+
+
+def test_submissions_are_those_that_were_reviewed() -> None:
+    config = run_config(working_dir="/work", python="/opt/venv/bin/python", environment_file="/etc/genrecal.env")
+    compare("ray/jobs.yaml", describe_ray(config))
+
+
+def test_every_job_waits_for_those_before_it() -> None:
+    config = run_config()
+    jobs = run_jobs(config)
+    entrypoints = {job.label: shlex.split(ray.entrypoint) for job, ray in plan_ray(config, jobs)}
+    after = {
+        label: [words[index + 1] for index, word in enumerate(words) if word == "--after"]
+        for label, words in entrypoints.items()
+    }
+    assert after == {
+        "cache": [],
+        "train internvl": ["cache"],
+        "train qwen2-vl": ["cache"],
+        "report": ["train internvl", "train qwen2-vl"],
+    }
+
+
+def check_words(value: str) -> None:
+    hostile = RayConfig.model_validate({"python": value, "working_dir": value, "environment_file": value})
+    config = run_config().model_copy(update={"cluster": ClusterConfig(ray=hostile)})
+    for job, ray in plan_ray(config, run_jobs(config)):
+        words = shlex.split(ray.entrypoint)
+        assert words[:7] == [".", value, "&&", "cd", value, "&&", "exec"]
+        assert words[7:11] == [value, "-m", "launch.clusters.ray_driver", job.kind]
+
+
+@pytest.mark.parametrize("value", [value for value in HOSTILE if value.isprintable()])
+def test_hostile_values_are_single_words(value: str) -> None:
+    check_words(value)
+    config = run_config(working_dir=value)
+    entrypoint = plan_ray(config, run_jobs(config))[0][1].entrypoint
+    printed = subprocess.run(
+        ["bash", "-c", entrypoint.replace("exec ", "exec printf '%s\\n' ").replace("cd ", "printf '%s\\n' ", 1)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert printed.stdout.split("\n")[0] == value.split("\n")[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(max_size=40).filter(str.isprintable))
+def test_any_printable_text_is_one_word(value: str) -> None:
+    check_words(value)
+
+
+def test_nothing_of_the_environment_is_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-5f1e")
+    config = run_config()
+    for _, ray in plan_ray(config, run_jobs(config)):
+        assert set(vars(ray)) == {"submission_id", "entrypoint", "metadata"}
+        assert "canary" not in str(ray)
+
+
+class Dashboard(http.server.BaseHTTPRequestHandler):
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(b"[]")
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def open_dashboard() -> Iterator[str]:
+    with http.server.HTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_cluster_without_a_token_is_refused(open_dashboard: str) -> None:
+    with pytest.raises(ConfigError, match=r"answers without a token.*--insecure"):
+        connect(open_dashboard, insecure=False)
+
+
+def test_a_dashboard_that_is_not_there_is_named() -> None:
+    with pytest.raises(GenrecalError, match=r"no Ray dashboard at http://127\.0\.0\.1:1"):
+        connect("http://127.0.0.1:1", insecure=True)
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head:8265", "file:///etc/passwd", "auto"])
+def test_addresses_that_are_no_dashboard_are_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="expected its dashboard"):
+        dashboard_address(address)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected", "calls"),
+    [
+        ([0], 0, 1),
+        ([3, 0], 0, 2),
+        ([137, 143, 0], 0, 3),
+        ([4], 4, 1),
+        ([2], 2, 1),
+        ([1], 1, 1),
+        ([3, 3, 3, 0], 3, 3),
+    ],
+)
+def test_what_is_tried_again(codes: list[int], expected: int, calls: int) -> None:
+    left = list(codes)
+    assert ray_driver.attempt(lambda: left.pop(0), attempts=3) == expected
+    assert len(codes) - len(left) == calls
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"), [([0, 0], 0), ([-9, 4], 4), ([1, -15], 1), ([-9, 0], 137), ([3, 1], 3), ([1, 2], 2)]
+)
+def test_the_code_that_says_most_wins(codes: list[int], expected: int) -> None:
+    assert decisive(codes) == expected
+
+
+def place(**changes: int) -> NodePlace:
+    values = {"node": 1, "nodes": 3, "processes_per_node": 2, "master_port": 7}
+    return NodePlace(**(values | changes), master_address="first")
+
+
+def test_ranks_of_a_node_get_the_five_variables(tmp_path: Path) -> None:
+    names = "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT"
+    command = ["bash", "-c", f'echo "{names}" >{tmp_path}/$RANK']
+    assert run_ranks(command, place=place(), log_dir=tmp_path / "logs") == 0
+    assert {path.name: path.read_text().split() for path in tmp_path.iterdir() if path.is_file()} == {
+        "2": ["2", "6", "0", "first", "7"],
+        "3": ["3", "6", "1", "first", "7"],
+    }
+
+
+def test_a_failed_rank_ends_the_others_and_its_reason_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.clusters.node_ranks.GRACE_S", 0.2)
+    command = ["bash", "-c", '[ "$RANK" = 3 ] && exit 4; exec sleep 60']
+    assert run_ranks(command, place=place(), log_dir=tmp_path) == 4
+
+
+def test_output_of_ranks_beside_the_first_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_ranks(["bash", "-c", "echo from $RANK"], place=place(), log_dir=tmp_path)
+    assert capfd.readouterr().out == "from 2\n"
+    assert (tmp_path / "rank3.log").read_text() == "from 3\n"
+
+
+def test_the_token_is_not_in_the_environment_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "canary-77")
+    assert "canary" not in describe_ray(run_config())
+    assert os.environ["RAY_AUTH_TOKEN"] == "canary-77"
