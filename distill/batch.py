@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,8 +22,6 @@ from recalibrator.joint_sequence import (
     teacher_question_index,
 )
 from teacher_cache.schema import EncodedConversation, Span, TeacherTargets
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,18 +87,6 @@ class Batch:
     regularization: RecalibratedPass | None = None
     shuffled: ShuffledPass | None = None
     logit_targets: LogitTargets | None = None
-
-
-def to_device(record: Record, device: torch.device) -> Record:
-    """Return a record, with every tensor in it, on a device."""
-    if isinstance(record, Tensor):
-        return cast(Record, record.to(device, non_blocking=True))
-    if isinstance(record, dict):
-        return type(record)((key, to_device(value, device)) for key, value in record.items())
-    if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        moved: dict[str, Any] = {f.name: to_device(getattr(record, f.name), device) for f in dataclasses.fields(record)}
-        return type(record)(**moved)
-    return record
 
 
 def collate(

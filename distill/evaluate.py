@@ -15,7 +15,8 @@ import transformers
 from jaxtyping import Int
 from torch import Tensor
 
-from distill.batch import Batch, JoinedSample, collate, to_device
+from distill.batch import Batch, JoinedSample, collate
+from distill.records import to_device
 from distill.scoring import (
     EvaluationResult,
     Scorer,

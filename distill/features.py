@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from distill.batch import Batch, to_device
+from distill.batch import Batch
 from distill.data import JoinedData
 from distill.engine import Engine
 from distill.processes import Processes
+from distill.records import to_device
 
 PROBE_SAMPLES = 64
 
@@ -45,4 +46,7 @@ def write_features(engine: Engine, probe: Sequence[Batch], path: Path, *, proces
     if processes.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         features = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-        save_file(features, path)
+        temporary = path.with_suffix(".tmp")
+        save_file(features, temporary)
+        # a report may be written meanwhile
+        temporary.replace(path)

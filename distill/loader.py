@@ -1,24 +1,24 @@
 """Makes each process's part of the coming steps ahead: in worker processes, or in a thread of this one."""
 
 import multiprocessing
-import pickle
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from distill.batch import Batch, to_device
+from distill.batch import Batch
 from distill.config import StageConfig, TrainConfig
 from distill.data import JoinedData, RankBatch
 from distill.encoder import StudentEncoder
 from distill.order import SampleOrder, deal
 from distill.processes import Processes
+from distill.records import to_device
 from distill.transport import pack, unpack
 from teacher_cache.errors import GenrecalError
 from teacher_cache.prefetch import Prefetch
@@ -160,10 +160,10 @@ class _Workers:
         self._parts: Any = iter(loader)
 
     def __next__(self) -> RankBatch:
-        block, skeleton = next(self._parts)
+        block, part = next(self._parts)
         if block is None:
-            raise pickle.loads(skeleton)
-        return unpack(block, skeleton)
+            raise part
+        return cast(RankBatch, unpack(block, part))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -182,17 +182,17 @@ class _Workers:
 
 
 class _Parts(Dataset[Any]):
-    """Packed parts by their samples; an error in place of a part is sent as it is."""
+    """Packed parts by their samples; an error of ours is sent as it is in the place of a part."""
 
     def __init__(self, make: _Maker, encoder: StudentEncoder) -> None:
         data = replace(make.data, samples=(), lengths=np.zeros(0, dtype=np.int64), encoder=encoder)
         self._make = replace(make, data=data)
 
-    def __getitem__(self, samples: Samples) -> tuple[torch.Tensor | None, bytes]:
+    def __getitem__(self, samples: Samples) -> tuple[torch.Tensor | None, RankBatch | GenrecalError]:
         try:
             return pack(self._make(samples))
-        except Exception as error:
-            return None, _pickled(error)
+        except GenrecalError as error:
+            return None, error
 
 
 def _num_workers(train: TrainConfig, device: torch.device) -> int:
@@ -209,12 +209,3 @@ def _ignore_signals(_: int) -> None:
     # they may come to the whole group, and the process that trains decides what they mean
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _pickled(error: Exception) -> bytes:
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)
-    except Exception:
-        return pickle.dumps(GenrecalError(f"{type(error).__name__} while data was loaded: {error}"))
-    return data

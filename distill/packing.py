@@ -4,6 +4,8 @@ The row has no attention mask; position ids that begin anew say where a sample b
 apart by them, in its masks as in flash attention.
 """
 
+from typing import Any
+
 import torch
 import transformers
 from jaxtyping import Float, Int
@@ -58,7 +60,8 @@ def _position_ids(
         return in_text
     in_space = in_text.expand(3, 1, -1)
     if "image_grid_thw" in model_inputs:
-        indices, _ = model.base_model.get_rope_index(
+        rope_index: Any = model.base_model.get_rope_index
+        indices, _ = rope_index(
             input_ids,
             attention_mask=attention_mask,
             image_grid_thw=model_inputs["image_grid_thw"],

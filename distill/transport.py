@@ -1,54 +1,52 @@
 """Records of tensors as one block of bytes: one piece of shared memory between processes, and one to pin."""
 
-import io
-import pickle
-from typing import Any
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from distill.records import map_tensors
+
+Record = TypeVar("Record")
+
 _ALIGNMENT_BYTES = 64
 
 
-def pack(record: object) -> tuple[UInt8[Tensor, " bytes"], bytes]:
-    """Return the bytes of all tensors in a record, and the record with references in their place."""
-    skeleton = io.BytesIO()
-    pickler = _Pickler(skeleton)
-    pickler.dump(record)
-    block = torch.empty(pickler.size_bytes, dtype=torch.uint8)
-    for start, tensor in pickler.placed:
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a tensor lies in a block."""
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def pack(record: Record) -> tuple[UInt8[Tensor, " bytes"], Record]:
+    """Return the bytes of all tensors in a record, and the record with places in their stead."""
+    placed: list[tuple[int, Tensor]] = []
+    end = 0
+
+    def place(tensor: Tensor) -> Place:
+        nonlocal end
+        start = end
+        placed.append((start, tensor))
+        end = -(-(start + tensor.nbytes) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        return Place(start=start, stop=start + tensor.nbytes, dtype=tensor.dtype, shape=tuple(tensor.shape))
+
+    skeleton = map_tensors(record, place)
+    block = torch.empty(end, dtype=torch.uint8)
+    for start, tensor in placed:
         block[start : start + tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return block, skeleton.getvalue()
+    return block, skeleton
 
 
-def unpack(block: UInt8[Tensor, " bytes"], skeleton: bytes) -> Any:
+def unpack(block: UInt8[Tensor, " bytes"], skeleton: Record) -> Record:
     """Return the record that was packed; its tensors are views of the block."""
-    return _Unpickler(io.BytesIO(skeleton), block).load()
 
+    def take(place: Place) -> Tensor:
+        return block[place.start : place.stop].view(place.dtype).reshape(place.shape)
 
-class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.placed: list[tuple[int, Tensor]] = []
-        self.size_bytes = 0
-
-    def persistent_id(self, value: object) -> Any:
-        """Put a tensor into the block and return where it lies."""
-        if not isinstance(value, Tensor):
-            return None
-        start = self.size_bytes
-        self.placed.append((start, value))
-        self.size_bytes = -(-(start + value.nbytes) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        return start, value.nbytes, value.dtype, tuple(value.shape)
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, block: Tensor) -> None:
-        super().__init__(file)
-        self._block = block
-
-    def persistent_load(self, reference: Any) -> Tensor:
-        """Return the tensor that lies at a place of the block."""
-        start, size, dtype, shape = reference
-        return self._block[start : start + size].view(dtype).reshape(shape)
+    return map_tensors(skeleton, take, kind=Place)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from distill.batch import Batch, JoinedSample, to_device
+from distill.batch import Batch, JoinedSample
 from distill.config import StudentConfig, ValidationConfig
 from distill.engine import Engine
 from distill.evaluate import (
@@ -32,6 +32,7 @@ from distill.evaluate import (
     prompt_inputs,
 )
 from distill.processes import Processes
+from distill.records import to_device
 from distill.scoring import SampleRow, bits_per_byte_of, exact_match, reference_answer
 from teacher_cache.chat import Processor, encode_conversation, load_processor
 from teacher_cache.config import DataConfig

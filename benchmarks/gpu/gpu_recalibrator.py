@@ -9,7 +9,7 @@ from timing import seconds
 from torch import Tensor
 from transformers import Qwen2Config
 
-from distill.batch import to_device
+from distill.records import to_device
 from recalibrator import Recalibrator, RecalibratorConfig
 from recalibrator.joint_sequence import JointSequence, Turn, plan_joint_sequence
 

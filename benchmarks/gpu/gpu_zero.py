@@ -10,9 +10,9 @@ from gpu_recalibrator import SMALL, STUDENT, make_module, make_rows
 from timing import wait
 from torch import Tensor, nn
 
-from distill.batch import to_device
 from distill.config import TrainConfig
 from distill.losses import linear_ce_kl
+from distill.records import to_device
 from distill.zero import launched_processes
 from distill.zero_config import deepspeed_config
 from recalibrator import Recalibrator
