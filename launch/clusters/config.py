@@ -6,7 +6,7 @@ No field holds a secret. Environment variables are named here, and their values 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from teacher_cache.config import StrictConfig
 
@@ -38,6 +38,12 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _quoted_time(value: object) -> object:
+    if isinstance(value, int):
+        raise ValueError(f"YAML reads a time without quotes as the number {value}: write '12:00:00'")
+    return value
+
+
 Line = Annotated[str, AfterValidator(_one_line)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,:=@+/-]*$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -62,8 +68,8 @@ class SlurmJobConfig(NodeResources):
     """Account that is charged."""
     qos: Word | None = None
     """Quality of service."""
-    time: str | None = Field(default=None, pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
-    """Time limit as days-hours:minutes:seconds, or minutes; the partition's own where none is given."""
+    time: Annotated[str, BeforeValidator(_quoted_time), Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")] | None = None
+    """Time limit as days-hours:minutes:seconds, or minutes, in quotes; the partition's own where none is given."""
     cpus_per_process: int = Field(default=8, gt=0)
     """CPU cores per training process, and per GPU of a node that builds the cache or evaluates."""
     sbatch: dict[str, Line] = Field(default_factory=dict)

@@ -222,6 +222,11 @@ def test_setup_that_is_no_shell_is_refused(tmp_path: Path, monkeypatch: pytest.M
         run_config(setup=["true\n#SBATCH --wrap=id"])
 
 
+def test_a_time_that_yaml_took_for_a_number_is_explained() -> None:
+    with pytest.raises(ValidationError, match="write '12:00:00'"):
+        SlurmJobConfig.model_validate(yaml.safe_load("time: 12:00:00"))
+
+
 def test_processes_that_do_not_spread_evenly_are_refused() -> None:
     config = run_config(train={"nodes": 3})
     with pytest.raises(ConfigError, match=r"16.*3 node\(s\) of 8 GPU\(s\).*cluster\.slurm\.train\.nodes"):
