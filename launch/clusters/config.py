@@ -40,7 +40,9 @@ def _one_line(text: str) -> str:
 
 def _quoted_time(value: object) -> object:
     if isinstance(value, int):
-        raise ValueError(f"YAML reads a time without quotes as the number {value}: write '12:00:00'")
+        raise ValueError(  # noqa: TRY004 - pydantic reports ValueError alone
+            f"YAML reads a time without quotes as the number {value}: write '12:00:00'"
+        )
     return value
 
 
