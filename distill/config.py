@@ -163,6 +163,9 @@ class ZeroConfig(StrictConfig):
     """Parameters with fewer elements stay gathered on every process."""
     leaf_module_parameters: int = Field(default=300_000_000, ge=0)
     """Frozen modules with at most so many parameters are gathered whole: one collective instead of many."""
+    init_on_load: bool = False
+    """Cut the student into shares while it is read, so that no process ever holds all of it; for students that do not
+    fit into a node's memory once per process."""
     config_file: str | None = None
     """A DeepSpeed configuration (JSON) of your own, merged over ours. What follows from the stage's settings may be
     left out, "auto" or equal to them; anything else is refused."""

@@ -51,13 +51,8 @@ def load_student(path: Path, *, dtype: str, trust_remote_code: bool = False) -> 
         ConfigError: The checkpoint lacks a weight that the architecture needs, one has another shape, or it brings
             code of its own that is not trusted.
     """
-    refuse_own_code(path, trusted=trust_remote_code)
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    with_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto = transformers.AutoModelForImageTextToText if with_images else transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "output_loading_info": True}
-    options |= attention_options(config)
-    loaded: Any = auto.from_pretrained(path, dtype=getattr(torch, dtype), **options)
+    auto, _, options = _model_class(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded: Any = auto.from_pretrained(path, output_loading_info=True, **options)
     model, report = loaded
     absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]))
     if absent:
@@ -66,6 +61,15 @@ def load_student(path: Path, *, dtype: str, trust_remote_code: bool = False) -> 
         )
     check_rotary_buffers(model)
     return model
+
+
+def empty_student(path: Path, *, dtype: str, trust_remote_code: bool) -> transformers.PreTrainedModel:
+    """Return a student as ``load_student`` does, but with the values that new modules have."""
+    auto, config, options = _model_class(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model: transformers.PreTrainedModel = auto.from_config(config, **options)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model.eval()
 
 
 def check_rotary_buffers(model: nn.Module) -> None:
@@ -118,6 +122,16 @@ def logit_options(model: transformers.PreTrainedModel) -> LogitOptions:
     scaling = getattr(text, "logits_scaling", None)
     scale = getattr(text, "logit_scale", None) or (1.0 / scaling if scaling else 1.0)
     return LogitOptions(logit_scale=float(scale), logit_softcap=getattr(text, "final_logit_softcapping", None))
+
+
+def _model_class(path: Path, *, dtype: str, trust_remote_code: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the auto class, the configuration, and the options for either way to make a model."""
+    refuse_own_code(path, trusted=trust_remote_code)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = transformers.AutoModelForImageTextToText if with_images else transformers.AutoModelForCausalLM
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code, **attention_options(config)}
+    return auto, config, options
 
 
 def _parameter_ids(module: nn.Module | None) -> set[int]:

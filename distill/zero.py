@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from distill.config import Backend, Stage, TrainConfig
 from distill.engine import Engine, PartitionReport, TorchEngine, set_learning_rate
+from distill.partitioned_loading import load_partitioned, whole_size
 from distill.preflight import check_machine
 from distill.processes import Processes, launch_environment, require_visible_gpu
 from distill.rendezvous import ARRIVAL_TIMEOUT_S, join_process_group
 from distill.reshard import is_resharded, load_resharded
 from distill.stages import StageModel
+from distill.student import load_student
 from distill.zero_config import deepspeed_config
 from teacher_cache.errors import ConfigError
 
@@ -65,6 +68,34 @@ def check_before_start(train: TrainConfig, *, stages: Sequence[Stage], dtype: st
         check_machine(config, environment=os.environ)
 
 
+def load_for_backend(
+    path: Path, *, stage: Stage, train: TrainConfig, dtype: str, trust_remote_code: bool, processes: Processes
+) -> transformers.PreTrainedModel:
+    """Load a student, in shares where ``init_on_load`` asks for it; every process calls this."""
+    if train.backend == "zero3" and train.zero.init_on_load:
+        config = deepspeed_config(stage, train=train, dtype=dtype, num_trained=1)
+        student = load_partitioned(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, zero_config=config, processes=processes
+        )
+        if student is not None:
+            return student
+        logger.warning("%s is loaded whole by every process: its weights are not stored as they are used", path)
+    return load_student(path, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Make a module's parameters whole for reading, if they are partitioned; every process enters."""
+    parameters = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
 def make_engine(model: StageModel, *, stage: Stage, train: TrainConfig, dtype: str, processes: Processes) -> Engine:
     """Put a stage's model, its trained parts already chosen, into the configured backend.
 
@@ -88,7 +119,7 @@ class ZeroEngine:
         self._processes = processes
         self.model = model.to_device(processes.device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        config = deepspeed_config(stage, train=train, dtype=dtype, num_trained=sum(p.numel() for p in trained))
+        config = deepspeed_config(stage, train=train, dtype=dtype, num_trained=sum(map(whole_size, trained)))
         for module in leaf_modules(model, max_parameters=train.zero.leaf_module_parameters):
             set_z3_leaf_module(module, True)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
@@ -174,7 +205,7 @@ def leaf_modules(model: StageModel, *, max_parameters: int) -> list[nn.Module]:
         parameters = list(module.parameters())
         frozen = not any(parameter.requires_grad for parameter in parameters)
         called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
-        if frozen and called and 0 < sum(parameter.numel() for parameter in parameters) <= max_parameters:
+        if frozen and called and 0 < sum(map(whole_size, parameters)) <= max_parameters:
             yield module
         else:
             for child in module.children():

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from distill.config import Stage, StudentConfig, TrainConfig
+from distill.config import StudentConfig, TrainConfig
 from distill.processes import Processes
 from distill.trainer import train_student
 from distill.zero import launched_processes
 from teacher_cache.errors import ConfigError
-from tests.distill.engine_runs import EngineRun, run_uneven_steps
+from tests.distill.engine_runs import EngineRun
 from tests.distill.small_cache import build_small_cache, write_data
 from tests.distill.small_runs import GAPS
-from tests.distill.zero_scenarios import OTHER_METHODS
+from tests.distill.zero_scenarios import ENGINE_RUNS, OTHER_METHODS, run_variant
 
 STAGES = ("align", "distill", "finetune")
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -123,21 +123,76 @@ def test_other_methods_equal_one_torch_process(launched: tuple[Path, dict[str, A
         assert alike[0] == pytest.approx(alike[1], rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["align", "distill"])
-def test_unequal_numbers_of_micro_batches_equal_one_torch_process(
-    launched: tuple[Path, dict[str, Any]], stage: Stage
-) -> None:
-    folder, inputs = launched
+def engine_run(folder: Path, name: str) -> EngineRun:
+    found: EngineRun = torch.load(folder / f"engine-{name}.pt", weights_only=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def references(launched: tuple[Path, dict[str, Any]]) -> dict[str, EngineRun]:
+    """What one torch process makes of the same steps, by stage and whether there are adapters."""
+    _, inputs = launched
     alone = Processes(rank=0, world_size=1, device=torch.device("cpu"))
-    train = TrainConfig.model_validate(settings(backend="torch"))
-    expected = run_uneven_steps(inputs, stage=stage, processes=alone, train=train)
-    found: EngineRun = torch.load(folder / f"uneven-{stage}.pt", weights_only=False)
+    return {
+        name: run_variant(inputs, ENGINE_RUNS[name], processes=alone, backend="torch")
+        for name in ("align", "distill", "adapters")
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, variant in ENGINE_RUNS.items() if "dtype" not in variant.student])
+def test_steps_of_unequal_micro_batches_equal_one_torch_process(
+    launched: tuple[Path, dict[str, Any]], references: dict[str, EngineRun], name: str
+) -> None:
+    variant, found = ENGINE_RUNS[name], engine_run(launched[0], name)
+    expected = references["adapters" if variant.student else variant.stage]
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
     assert found.norms == pytest.approx(expected.norms, rel=1e-5)
-    for name, parameter in expected.parameters.items():
-        if name.endswith("k_proj.bias"):  # its gradient is 0 but for rounding, which Adam divides by itself
+    assert found.parameters.keys() == expected.parameters.keys()
+    for parameter_name, parameter in expected.parameters.items():
+        if parameter_name.endswith("k_proj.bias"):  # its gradient is 0 but for rounding, which Adam divides by itself
             continue
-        torch.testing.assert_close(found.parameters[name], parameter, rtol=1e-4, atol=2e-6, msg=name)
+        torch.testing.assert_close(
+            found.parameters[parameter_name],
+            parameter,
+            rtol=1e-4,
+            atol=5e-6,
+            msg=lambda text, where=parameter_name: f"{where}: {text}",
+        )
+
+
+@pytest.mark.parametrize("name", ENGINE_RUNS)
+def test_what_is_frozen_keeps_every_bit(launched: tuple[Path, dict[str, Any]], name: str) -> None:
+    run = engine_run(launched[0], name)
+    assert 0 < len(run.frozen) < len(run.parameters)
+    for parameter_name, before in run.frozen.items():
+        assert torch.equal(run.parameters[parameter_name], before), parameter_name
+    trained = run.parameters.keys() - run.frozen.keys()
+    assert not any(torch.equal(run.parameters[n], run.initial[n]) for n in trained if n.endswith("proj.weight"))
+
+
+@pytest.mark.parametrize("name", ENGINE_RUNS)
+def test_the_teachers_head_is_one_tensor_outside_of_zero3(launched: tuple[Path, dict[str, Any]], name: str) -> None:
+    facts = engine_run(launched[0], name).facts
+    assert facts["head_is_plain"]
+    assert facts["head_stayed"]
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "bfloat16-in-shares"])
+def test_bfloat16_has_float32_masters_moments_and_rotary_frequencies(
+    launched: tuple[Path, dict[str, Any]], name: str
+) -> None:
+    run = engine_run(launched[0], name)
+    assert run.facts["parameter_dtypes"] == {"torch.bfloat16"}
+    for kind in ("master_dtypes", "moment_dtypes", "rotary_dtypes"):
+        assert run.facts[kind] == {"torch.float32"}, kind
+    assert run.losses == pytest.approx(engine_run(launched[0], "distill").losses, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ENGINE_RUNS)
+def test_every_engine_partitions_its_parameters(launched: tuple[Path, dict[str, Any]], name: str) -> None:
+    report = engine_run(launched[0], name).facts["partition"]
+    assert report.partitioned == report.parameters > 0
+    assert report.held == pytest.approx(report.parameters / 2, rel=0.01)
 
 
 def test_zero3_resumes_bit_identically(launched: tuple[Path, dict[str, Any]]) -> None:

@@ -6,23 +6,67 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.config import Method, StudentConfig, TrainConfig
+from distill.config import Method, Stage, StudentConfig, TrainConfig
 from distill.processes import Processes
 from distill.trainer import train_student
 from distill.zero import launched_processes
 from teacher_cache.config import CacheConfig
-from tests.distill.engine_runs import run_uneven_steps
+from tests.distill.engine_runs import EngineRun, run_uneven_steps
 
 # methods whose distill stage differs from the paper's, and what they change in the settings
 OTHER_METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
     "stand-ins": ("genrecal", {"stages": ["distill"], "recalibrator": {"student_answer_fraction": 0.7}}),
     "uld": ("uld", {"baselines": {"source": "rows"}}),
 }
+
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}
+LORA = {"rank": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Settings of a run of steps through an engine."""
+
+    stage: Stage = "distill"
+    train: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
+    student: dict[str, Any] = field(default_factory=dict)
+
+
+ENGINE_RUNS = {
+    "align": Variant(stage="align"),
+    "distill": Variant(),
+    "offload": Variant(zero={"overrides": OFFLOAD}),
+    "recomputing": Variant(train={"gradient_checkpointing": True}),
+    "in-shares": Variant(zero={"init_on_load": True}),
+    "adapters": Variant(student={"lora": LORA}),
+    "adapters-in-shares-offloaded": Variant(
+        student={"lora": LORA},
+        train={"gradient_checkpointing": True},
+        zero={"init_on_load": True, "overrides": OFFLOAD},
+    ),
+    "bfloat16": Variant(student={"dtype": "bfloat16"}),
+    "bfloat16-in-shares": Variant(student={"dtype": "bfloat16"}, zero={"init_on_load": True}),
+}
+
+
+def run_variant(inputs: dict[str, Any], variant: Variant, *, processes: Processes, backend: str = "zero3") -> EngineRun:
+    """Take the uneven steps with a variant's settings; the torch backend leaves out what is about memory."""
+    train = inputs["train"] | {"backend": backend}
+    if backend == "zero3":
+        train |= variant.train | {"zero": inputs["train"]["zero"] | variant.zero}
+    return run_uneven_steps(
+        inputs | {"student": inputs["student"] | variant.student},
+        stage=variant.stage,
+        processes=processes,
+        train=TrainConfig.model_validate(train),
+    )
 
 
 def stop_once_logged(path: Path, *, lines: int) -> None:
@@ -60,10 +104,10 @@ def main(folder: Path, processes: Processes) -> None:
         settings = TrainConfig.model_validate(inputs["train"] | changes)
         train_student(**common, student=other, train=settings, output_dir=folder / name, stages=["distill"])
 
-    for stage in ("align", "distill"):
-        run = run_uneven_steps(inputs, stage=stage, processes=processes, train=train)
+    for name, variant in ENGINE_RUNS.items():
+        run = run_variant(inputs, variant, processes=processes)
         if processes.rank == 0:
-            torch.save(run, folder / f"uneven-{stage}.pt")
+            torch.save(run, folder / f"engine-{name}.pt")
 
     bfloat16 = student.model_copy(update={"dtype": "bfloat16"})
     recomputing = train.model_copy(update={"gradient_checkpointing": True})
