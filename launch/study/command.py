@@ -2,22 +2,20 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launch.arguments import ArgumentParser
 from launch.logs import setup_logging
 from launch.study.config import StudyConfig, load_study
 from launch.study.grid import Cell, cell_folder, plan_cells
 from launch.study.inputs import Inputs, check_same_inputs, make_data, missing_models
-from launch.study.pool import Outcome, Task, run_tasks
+from launch.study.pool import Pool, Task
+from launch.study.records import load_teacher
+from launch.study.results import RESULT, Row, read_rows, write_table
 from teacher_cache.errors import GenrecalError
 from teacher_cache.progress import progress
-
-if TYPE_CHECKING:
-    from launch.study.results import Row
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +78,28 @@ def run_study(config: StudyConfig) -> list[Failure]:
         GenrecalError: A part that the runs share could not be made.
     """
     check_same_inputs(config)
-    make_inputs(config)
+    log_dir = Path(config.output_dir) / "logs"
+    with Pool(workers=config.workers, threads=config.threads, log_dir=log_dir) as pool:
+        make_inputs(config, pool=pool)
+        _run_cells(config, pool=pool)
+    return read_failures(config)
+
+
+def make_inputs(config: StudyConfig, *, pool: Pool) -> None:
+    """Make data, models, caches and the teachers' own scores."""
+    inputs = Inputs(config=config)
+    make_data(config)
+    make_model, build_cache = "launch.study.inputs:make_model", "launch.study.inputs:build_cache"
+    _run_all(pool, [_task(name, make_model, config, name) for name in missing_models(config)])
+    caches = [names for names in inputs.caches() if not inputs.capture_file(*names).exists()]
+    for teacher, name in caches:  # each brings a Ray of its own
+        _run_all(pool, [_task(f"cache {teacher}-{name}", build_cache, config, teacher, name)])
+    unscored = [one.name for one in config.teachers if not inputs.scores_file(one.name).exists()]
+    score_teacher = "launch.study.runs:score_teacher"
+    _run_all(pool, [_task(f"scores of {name}", score_teacher, config, name) for name in unscored])
+
+
+def _run_cells(config: StudyConfig, *, pool: Pool) -> None:
     cells = plan_cells(config)
     waiting = [cell for cell in cells if not _is_done(config, cell)]
     save_results(config)
@@ -90,38 +109,30 @@ def run_study(config: StudyConfig) -> list[Failure]:
             part = [cell for cell in waiting if (cell.arm.equal_flops is not None) is scaled]
             named = {cell.name: cell for cell in part}
             tasks = [_task(cell.name, "launch.study.runs:run_cell", config, cell) for cell in part]
-            for outcome in _run(config, tasks):
+            for outcome in pool.run(tasks):
                 _keep_failure(config, named[outcome.task.name], error=outcome.error)
                 save_results(config)
                 bar.update(1)
                 logger.info("%s: %.0f s", outcome.task.name, outcome.seconds)
-    return read_failures(config)
-
-
-def make_inputs(config: StudyConfig) -> None:
-    """Make data, models, caches and the teachers' own scores."""
-    inputs = Inputs(config=config)
-    make_data(config)
-    make_model, build_cache = "launch.study.inputs:make_model", "launch.study.inputs:build_cache"
-    _run_all(config, [_task(name, make_model, config, name) for name in missing_models(config)])
-    caches = [names for names in inputs.caches() if not inputs.capture_file(*names).exists()]
-    for teacher, name in caches:  # each brings a Ray of its own
-        _run_all(config, [_task(f"cache {teacher}-{name}", build_cache, config, teacher, name)])
-    unscored = [one.name for one in config.teachers if not inputs.scores_file(one.name).exists()]
-    score_teacher = "launch.study.runs:score_teacher"
-    _run_all(config, [_task(f"scores of {name}", score_teacher, config, name) for name in unscored])
 
 
 def save_results(config: StudyConfig) -> None:
     """Write the results of all finished runs of the study file, in its order."""
-    from launch.study.results import RESULT, read_rows, write_table
-    from launch.study.runs import teacher_rows
-
-    rows: list[Row] = teacher_rows(config)
+    rows = teacher_rows(config)
     for cell in plan_cells(config):
         if _is_done(config, cell):
             rows += read_rows(cell_folder(config, cell) / RESULT)
     write_table(rows, Path(config.report_dir) / RESULTS)
+
+
+def teacher_rows(config: StudyConfig) -> list[Row]:
+    """Return one row per teacher that is scored: what its students are to reach."""
+    inputs, rows = Inputs(config=config), []
+    for teacher in config.teachers:
+        if inputs.scores_file(teacher.name).exists():
+            scores, _ = load_teacher(inputs.scores_file(teacher.name))
+            rows.append(Row(arm="teacher", teacher=teacher.name, **asdict(scores)))
+    return rows
 
 
 def read_failures(config: StudyConfig) -> list[Failure]:
@@ -131,8 +142,6 @@ def read_failures(config: StudyConfig) -> list[Failure]:
 
 
 def _is_done(config: StudyConfig, cell: Cell) -> bool:
-    from launch.study.results import RESULT
-
     return (cell_folder(config, cell) / RESULT).exists()
 
 
@@ -140,18 +149,13 @@ def _task(name: str, target: str, *arguments: object) -> Task:
     return Task(name=name, target=target, arguments=arguments)
 
 
-def _run(config: StudyConfig, tasks: Sequence[Task]) -> Iterator[Outcome]:
-    log_dir = Path(config.output_dir) / "logs"
-    return run_tasks(tasks, workers=config.workers, threads=config.threads, log_dir=log_dir)
-
-
-def _run_all(config: StudyConfig, tasks: Sequence[Task]) -> None:
+def _run_all(pool: Pool, tasks: Sequence[Task]) -> None:
     """Do tasks that everything else needs.
 
     Raises:
         GenrecalError: One of them failed.
     """
-    for outcome in _run(config, tasks):
+    for outcome in pool.run(tasks):
         if outcome.error is not None:
             raise GenrecalError(f"{outcome.task.name} could not be made: {outcome.error}")
         logger.info("%s: made in %.0f s", outcome.task.name, outcome.seconds)

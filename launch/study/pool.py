@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from launch.processes import FATE_SHARED, end_with_parent
 
@@ -50,28 +50,41 @@ class _Worker:
     began: float = 0.0
 
 
-def run_tasks(tasks: Sequence[Task], *, workers: int, threads: int, log_dir: Path) -> Iterator[Outcome]:
-    """Run tasks in their order, ``workers`` at a time, and yield each as it ends, well or not.
+class Pool:
+    """Processes that do tasks; they start when there is work and stay for the next tasks.
 
-    When the caller stops early, running tasks get SIGTERM and time to keep what they have.
+    When the caller leaves early, running tasks get SIGTERM and time to keep what they have.
     """
-    queue, crew = deque(tasks), [_start(threads, log_dir) for _ in range(min(workers, len(tasks)))]
-    try:
-        for worker in crew:
+
+    def __init__(self, *, workers: int, threads: int, log_dir: Path) -> None:
+        self._workers, self._threads, self._log_dir = workers, threads, log_dir
+        self._crew: list[_Worker] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _stop(self._crew)
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
+        """Run tasks in their order, so many at a time, and yield each as it ends, well or not."""
+        queue = deque(tasks)
+        while len(self._crew) < min(self._workers, len(tasks)):
+            self._crew.append(_start(self._threads, self._log_dir))
+        for worker in self._crew:
             _give(worker, queue)
-        while any(worker.task for worker in crew):
-            ready = wait([worker.pipe for worker in crew if worker.task])
-            for index, worker in enumerate(crew):
-                if worker.pipe not in ready or worker.task is None:
+        while busy := [worker for worker in self._crew if worker.task]:
+            ready = wait([worker.pipe for worker in busy])
+            for worker in busy:
+                if worker.pipe not in ready:
                     continue
                 outcome, alive = _outcome(worker)
                 if not alive:
-                    worker.process.join()
-                    crew[index] = worker = _start(threads, log_dir)
+                    self._crew.remove(worker)
+                    worker = _start(self._threads, self._log_dir)
+                    self._crew.append(worker)
                 _give(worker, queue)
                 yield outcome
-    finally:
-        _stop(crew)
 
 
 def _start(threads: int, log_dir: Path) -> _Worker:
@@ -129,6 +142,8 @@ def _work(pipe: Connection, threads: int, log_dir: Path) -> None:
     from launch.logs import setup_logging
 
     torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would say so on the console
     setup_logging(log_dir / f"worker-{os.getpid()}.log", console=False)
     while True:
         try:

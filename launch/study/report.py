@@ -18,8 +18,8 @@ from launch.study.figures import (
     gap_figure,
 )
 from launch.study.grid import plan_cells
+from launch.study.records import GAPS, STUDENT, metrics
 from launch.study.results import Row, read_table
-from launch.study.runs import STUDENT, metrics
 from launch.study.tables import claim_table, pair_tables, teacher_table
 from teacher_cache.errors import DataError
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from distill.config import Stage
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
-GAP_ROWS = ("question", "boundary", "rest")
 GAP_TITLES = {"question": "all", "boundary": "boundary", "rest": "other"}
 REGULARIZED, FREE = "genrecal", "no-regularization"
 """Arms whose features are compared, with the regularization and without."""
@@ -70,7 +69,8 @@ def render(config: StudyConfig, rows: Sequence[Row], *, config_path: str, failur
     finished = {(row.arm, row.student, row.teacher, row.seed) for row in rows}
     cells = plan_cells(config)
     done = sum((cell.arm.name, cell.student, cell.teacher, cell.seed) in finished for cell in cells)
-    hours = sum(row.seconds for row in rows) / 3600
+    # rows of earlier stages are of the same runs
+    hours = sum({row.folder: row.seconds for row in rows}.values()) / 3600
     parts = [
         f"{done} of {len(cells)} runs of `{config_path}` are done: {hours:.1f} hours of optimizer steps. Accuracies "
         f"are in per cent of {config.data.num_test} held-out questions, ± the 95 % t interval over seeds; differences "
@@ -129,7 +129,7 @@ def gap_curves(runs: Mapping[str, Mapping[str, Path]]) -> dict[str, Mapping[str,
             GAP_TITLES[rows]: {
                 arm: curve for arm, folder in arms.items() if (curve := _gap_curve(folder, rows=rows))[0]
             }
-            for rows in GAP_ROWS
+            for rows in GAPS
         }
         if any(panels.values()):
             curves[pair] = panels

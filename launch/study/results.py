@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from teacher_cache.durable_files import sync_folder
 from teacher_cache.errors import DataError
 
 RESULT = "result.json"
@@ -85,10 +87,7 @@ SCHEMA = pa.schema(
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write the rows of one run durably: they are there whole, or not at all."""
-    from distill.checkpoint import write_durably
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, (json.dumps([asdict(row) for row in rows], indent=2) + "\n").encode())
+    _write_durably(path, (json.dumps([asdict(row) for row in rows], indent=2) + "\n").encode())
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -98,12 +97,9 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_table(rows: Iterable[Row], path: Path) -> None:
     """Write all rows durably as one Parquet file."""
-    from distill.checkpoint import write_durably
-
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA), buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, buffer.getvalue())
+    _write_durably(path, buffer.getvalue())
 
 
 def read_table(path: Path) -> list[Row]:
@@ -115,3 +111,14 @@ def read_table(path: Path) -> list[Row]:
     if not path.exists():
         raise DataError(f"no results at {path}: run the study first, `genrecal study CONFIG`")
     return [Row(**values) for values in pq.read_table(path).to_pylist()]
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)

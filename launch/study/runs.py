@@ -4,23 +4,23 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from distill.config import STAGES, Stage, StudentConfig, TrainConfig
+from distill.config import STAGES, StudentConfig, TrainConfig
 from distill.live import TargetSource
 from distill.stage_spec import stage_spec
 from distill.trainer import own_stages, train_student
 from launch.study.config import Arm, StudyConfig
 from launch.study.grid import Cell, cell_digest, cell_folder, make_cell
 from launch.study.inputs import MAX_LENGTH, Inputs, read_capture
+from launch.study.records import STUDENT, Scores, Spent, load_teacher, read_spent, save_teacher
 from launch.study.results import RESULT, Row, read_rows, write_rows
-from launch.study.scores import Scores, load_teacher, save_teacher, score_model
+from launch.study.scores import score_model
 from teacher_cache import open_cache
 from teacher_cache.config import DataConfig
 from teacher_cache.durable_files import remove
@@ -30,20 +30,8 @@ from teacher_cache.schema import TIERS, TeacherTargets, Tier
 
 logger = logging.getLogger(__name__)
 
-STUDENT = "student"
-"""Name of every run's student within its folder."""
 ANSWERS: tuple[Tier, ...] = ("A",)
-GAPS = ("question", "boundary", "rest")
 PACKAGES = ("genrecal", "torch", "transformers", "numpy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spent:
-    """What training took, from its metrics."""
-
-    flops: float
-    seconds: float
-    gaps: dict[str, float]
 
 
 class ShuffledTargets:
@@ -150,28 +138,6 @@ def _finished(config: StudyConfig, cell: Cell, *, arm: str) -> Row:
     return next(row for row in read_rows(path) if row.arm == arm)
 
 
-def read_spent(folder: Path, stages: Iterable[Stage]) -> Spent:
-    """Add up what the stages logged; gaps are those of each stage's last measurement."""
-    flops = seconds = 0.0
-    gaps: dict[str, float] = {}
-    for stage in stages:
-        for record in metrics(folder, stage):
-            step_s = record.get("time/step_s", 0.0)
-            flops += record.get("throughput/tflops_per_s", 0.0) * 1e12 * step_s
-            seconds += step_s
-            for gap in GAPS:
-                if (value := record.get(f"train/{gap}_shuffle_gap")) is not None:
-                    gaps[f"{stage}_{gap}_gap"] = value
-    return Spent(flops=flops, seconds=seconds, gaps=gaps)
-
-
-def metrics(folder: Path, stage: Stage) -> Iterator[dict[str, Any]]:
-    """Yield the records of one stage of a run."""
-    path = folder / "training" / STUDENT / stage / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        yield json.loads(line)
-
-
 def _score(inputs: Inputs, model: Path, *, teacher: str | None) -> Scores:
     name = teacher or inputs.config.teachers[0].name
     _, own = load_teacher(inputs.scores_file(name))
@@ -240,13 +206,3 @@ def _throw_away_weights(folder: Path) -> None:
     for pattern in ("checkpoints", "export", "recalibrator.safetensors"):
         for path in folder.glob(f"training/*/*/{pattern}"):
             remove(path)
-
-
-def teacher_rows(config: StudyConfig) -> list[Row]:
-    """Return one row per teacher that is scored: what its students are to reach."""
-    inputs, rows = Inputs(config=config), []
-    for teacher in config.teachers:
-        if inputs.scores_file(teacher.name).exists():
-            scores, _ = load_teacher(inputs.scores_file(teacher.name))
-            rows.append(Row(arm="teacher", teacher=teacher.name, **asdict(scores)))
-    return rows

@@ -5,10 +5,9 @@ its next token gives one over the next byte of the text, by the first byte of ea
 of both models begin, the two have read the same text and their distributions have the same 258 classes.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,6 +34,7 @@ from distill.scoring import agreement, bits_per_byte_of, read_sample_rows
 from distill.student import last_hidden_state
 from launch.demo.digits import score
 from launch.study.config import StudyEvaluation
+from launch.study.records import Places, Scores, TeacherScores
 from teacher_cache.chat import encode_conversation, tokenizer_of
 from teacher_cache.config import DataConfig
 from teacher_cache.samples import read_samples
@@ -46,9 +46,6 @@ BYTE_CLASSES = 258
 CALIBRATION_BINS = 10
 PROBABILITY_FLOOR = 1e-12
 
-Places = dict[tuple[str, int, int], Float[np.ndarray, " classes"]]
-"""Distribution over the next byte by sample, turn and byte of its answer."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -56,27 +53,6 @@ class Answer:
 
     text: str
     confidence: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherScores:
-    """What a teacher says about the held-out questions."""
-
-    answers: dict[str, str]
-    places: Places
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Figures of one model; those against a teacher are None without one."""
-
-    accuracy: float
-    bits_per_byte: float
-    calibration_error: float
-    confidence_when_wrong: float | None
-    teacher_agreement: float | None = None
-    teacher_divergence: float | None = None
-    """Jensen-Shannon divergence of next-byte distributions, mean over places, in nats."""
 
 
 @torch.inference_mode()
@@ -208,22 +184,3 @@ def mean_divergence(own: Places, teacher: Places) -> float:
     both = [torch.from_numpy(np.stack([side[key] for key in shared])).double() for side in (own, teacher)]
     student, other = (probabilities.clamp(min=PROBABILITY_FLOOR).log() for probabilities in both)
     return float(jensen_shannon(student, other).mean())
-
-
-def save_teacher(scores: Scores, own: TeacherScores, path: Path) -> None:
-    """Keep a teacher's figures and its side of the comparison."""
-    keys = list(own.places)
-    about = {"scores": asdict(scores), "answers": own.answers, "places": keys}
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, about=np.array(json.dumps(about)), distributions=np.stack([own.places[key] for key in keys]))
-    partial.replace(path)
-
-
-def load_teacher(path: Path) -> tuple[Scores, TeacherScores]:
-    """Read what ``save_teacher`` wrote."""
-    with np.load(path) as kept:
-        about, distributions = json.loads(str(kept["about"])), kept["distributions"]
-    keys = [(sample_id, turn, byte) for sample_id, turn, byte in about["places"]]
-    own = TeacherScores(answers=about["answers"], places=dict(zip(keys, distributions, strict=True)))
-    return Scores(**about["scores"]), own

@@ -21,15 +21,15 @@ from launch.study.command import read_failures
 from launch.study.config import Claim, StudyConfig, load_study
 from launch.study.figures import cosine_matrix
 from launch.study.grid import cell_digest, cell_folder, plan_cells
-from launch.study.pool import Task, run_tasks
+from launch.study.pool import Pool, Task
+from launch.study.records import STUDENT, load_teacher, metrics
 from launch.study.results import RESULT, SCHEMA, Row, read_rows, read_table, write_table
-from launch.study.runs import STUDENT, ShuffledTargets, metrics, read_tiers
+from launch.study.runs import ShuffledTargets, read_tiers
 from launch.study.scores import (
     BYTE_CLASSES,
     END_OF_TURN,
     byte_classes,
     calibration_error,
-    load_teacher,
     mean_divergence,
     until_end,
 )
@@ -230,6 +230,15 @@ def touch(path: Path) -> None:
     path.touch()
 
 
+def test_the_command_needs_none_of_the_heavy_libraries() -> None:
+    code = (
+        "import sys, launch.study.command, launch.study.report;"
+        "sys.exit(sum(name in sys.modules for name in ('torch', 'ray', 'vllm', 'deepspeed', 'transformers')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_task_that_dies_takes_nothing_along(tmp_path: Path) -> None:
     here = "tests.launch.test_study"
     tasks = [
@@ -237,7 +246,8 @@ def test_a_task_that_dies_takes_nothing_along(tmp_path: Path) -> None:
         Task(name="fails", target=f"{here}:fail", arguments=()),
         Task(name="works", target=f"{here}:touch", arguments=(tmp_path / "made",)),
     ]
-    errors = {one.task.name: one.error for one in run_tasks(tasks, workers=1, threads=1, log_dir=tmp_path)}
+    with Pool(workers=1, threads=1, log_dir=tmp_path) as pool:
+        errors = {one.task.name: one.error for one in pool.run(tasks)}
     assert errors == {"dies": "the process ended with exit code 7", "fails": "ValueError: no", "works": None}
     assert (tmp_path / "made").exists()
 
