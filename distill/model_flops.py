@@ -26,6 +26,7 @@ class PartSizes:
     vision_encoder: int = 0
     projector: int = 0
     body: int = 0
+    adapters: int = 0
     student_head: int = 0
     pre_projection: int = 0
     blocks: int = 0
@@ -69,10 +70,11 @@ class ModelFlops:
         if self.image_token_id is not None:
             images = int((batch.student.input_ids[:own][mask.bool()] == self.image_token_id).sum())
         trained, sizes = self.spec.trained, self.sizes
-        body_trains = "body" in trained
+        passes = bool({"body", "adapters"} & trained)
         total = 2.0 * sizes.vision_encoder * self._patches(batch)
         total += _cost(sizes.projector, images, trained="projector" in trained)
-        total += _cost(sizes.body, tokens, trained=body_trains, passes_gradient=body_trains)
+        total += _cost(sizes.body, tokens, trained="body" in trained, passes_gradient=passes)
+        total += _cost(sizes.adapters, tokens, trained="adapters" in trained, passes_gradient=passes)
         if self.spec.with_answers:
             rows = float((batch.student.weights > 0).sum())
             total += _cost(sizes.student_head, rows, trained="head" in trained, passes_gradient=True)
@@ -120,6 +122,7 @@ def part_sizes(model: StageModel) -> PartSizes:
         vision_encoder=counts.get("vision_encoder", 0),
         projector=counts.get("projector", 0),
         body=counts.get("body", 0),
+        adapters=counts.get("adapters", 0),
         student_head=_numel(head.weight),
         teacher_head=0 if teacher_head is None else teacher_head.weight.numel(),
         **({} if recalibrator is None else _recalibrator_sizes(recalibrator)),

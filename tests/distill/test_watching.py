@@ -182,6 +182,18 @@ def test_wandb_gets_a_named_run_and_no_key_is_written(tmp_path: Path, monkeypatc
     assert all("secret-key" not in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
 
 
+def test_a_monitor_whose_package_is_missing_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    place = Place(output_dir=tmp_path, student="tiny", stage="distill")
+    with (
+        pytest.raises(ConfigError, match="pip install wandb"),
+        open_monitors({"wandb": {"enabled": True}}, place=place, start=0, processes=ALONE),
+    ):
+        pass
+
+
 def test_keys_in_the_configuration_are_refused_and_the_engine_never_sees_monitors() -> None:
     def settings(**sections: Any) -> TrainConfig:
         return TrainConfig.model_validate({"zero": {"overrides": sections}})
