@@ -18,8 +18,9 @@ from distill.data import JoinedData, RankBatch
 from distill.encoder import StudentEncoder
 from distill.order import SampleOrder, deal
 from distill.processes import Processes
-from distill.records import to_device
+from distill.records import map_tensors, to_device
 from distill.transport import pack, unpack
+from teacher_cache import TeacherCache
 from teacher_cache.errors import GenrecalError
 from teacher_cache.prefetch import Prefetch
 from teacher_cache.sample_file import SampleEntry
@@ -51,7 +52,7 @@ class RankBatches:
         start: int,
         stop: int,
     ) -> None:
-        """Begin to make the first parts."""
+        """Begin to make the first parts; a teacher that runs in this process is asked in a thread of it."""
         self._device = processes.device
         self._copies = torch.cuda.Stream(processes.device) if processes.device.type == "cuda" else None
         self._filler: Batch | None = None
@@ -66,7 +67,7 @@ class RankBatches:
             steps=range(start, stop),
         )
         make = _Maker(data=data, micro_batch_size=config.micro_batch_size, micro_batch_tokens=config.micro_batch_tokens)
-        num_workers = _num_workers(train, self._device)
+        num_workers = _num_workers(train, self._device) if isinstance(data.cache, TeacherCache) else 0
         self._source: Prefetch[RankBatch] | _Workers
         if num_workers == 0:
             self._source = Prefetch(map(make, shares))
@@ -110,7 +111,13 @@ class RankBatches:
         with torch.cuda.stream(self._copies):
             moved = to_device(batch, self._device)
         self._copies.synchronize()
-        return moved
+        computing = torch.cuda.current_stream(self._device)
+
+        def keep_until_computed(tensor: torch.Tensor) -> torch.Tensor:
+            tensor.record_stream(computing)
+            return tensor
+
+        return map_tensors(moved, keep_until_computed)
 
 
 def rank_shares(
