@@ -178,7 +178,7 @@ class FaultConfig(StrictConfig):
 
     spike_factor: float = Field(default=20.0, ge=0)
     """A loss or gradient norm so many spreads above the median of the last updates is a spike, and its update is
-    skipped; 0 skips only what is not finite. The spread is the median absolute deviation, at least a tenth of the
+    skipped; 0 skips only what is not finite. The spread is the median absolute deviation, at least a quarter of the
     median."""
     spike_window: int = Field(default=128, gt=0)
     """Updates that the median is taken over."""

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 MAD_TO_SIGMA = 1.4826
 """Turns a median absolute deviation into a standard deviation, for normal values."""
-LEAST_SPREAD = 0.1
+LEAST_SPREAD = 0.25
 """Share of the median: values that hardly vary make no spike of a small step."""
 NAMED_SAMPLES = 8
 """In the log; the file names all."""
@@ -107,7 +107,7 @@ def find_fault(state: FaultState, *, loss: float, grad_norm: float, config: Faul
 def spike_limit(history: Sequence[float], *, config: FaultConfig) -> float:
     """Return the largest value that is no spike: the median and ``spike_factor`` times the spread above it.
 
-    The spread is the median absolute deviation as a standard deviation, at least a tenth of the median. A few wild
+    The spread is the median absolute deviation as a standard deviation, at least a quarter of the median. A few wild
     values among many move neither.
     """
     if config.spike_factor == 0 or len(history) < config.spike_min_steps:
