@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from launch.arguments import ArgumentParser, cache_parser, run_parser
 from launch.console import count_of, format_tiers, names_in_line, print_facts, print_json
 from launch.logs import setup_logging
+from launch.provenance import cache_output, recorded
 from launch.run_config import parse_run
 from teacher_cache.errors import CacheIncomplete, ConfigError
 
@@ -40,7 +41,9 @@ def answers_command(argv: Sequence[str]) -> int:
     setup_logging(log_dir / "cache-answers.log")
     from teacher_cache.answers import write_answers
 
-    summary = write_answers(config.cache, answers=config.answers, log_dir=log_dir)
+    with recorded(lambda: [Path(config.cache.data.path)], config=config) as recording:
+        summary = write_answers(config.cache, answers=config.answers, log_dir=log_dir)
+        recording.counts = summary.parts_written > 0
     return _print_summary(summary, _answers_facts, as_json=options.json)
 
 
@@ -61,7 +64,10 @@ def build_command(argv: Sequence[str]) -> int:
     setup_logging(log_dir / "cache-build.log")
     from teacher_cache.build import build_cache
 
-    return _print_summary(build_cache(config.cache, log_dir=log_dir), _build_facts, as_json=options.json)
+    with recorded(lambda: [cache_output(config)], config=config) as recording:
+        summary = build_cache(config.cache, log_dir=log_dir)
+        recording.counts = summary.shards_built > 0
+    return _print_summary(summary, _build_facts, as_json=options.json)
 
 
 def _print_summary(summary: Summary, facts: Callable[[Summary], dict[str, str]], *, as_json: bool) -> int:

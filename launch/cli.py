@@ -7,10 +7,12 @@ integrity (a retry is useless), 128 + n on signal n.
 import importlib
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, TracebackType
 
+from launch.secrets import redact
 from launch.suggestions import suggestion
 from teacher_cache.errors import GenrecalError
 
@@ -183,11 +185,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"genrecal: {_no_command(argv)}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _unwind)
+    sys.excepthook = _print_redacted
     module, function = COMMANDS[name].target.split(":")
     try:
         return getattr(importlib.import_module(module), function)(rest)
     except GenrecalError as error:
-        print(f"genrecal {name}: error [{error.code}]: {error}", file=sys.stderr)
+        print(redact(f"genrecal {name}: error [{error.code}]: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -232,6 +235,10 @@ def usage() -> str:
             "Exit codes: 0 done, 1 failed, 2 usage or config, 3 incomplete (run again), 4 identity or integrity.",
         ]
     )
+
+
+def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
 
 
 def _unwind(signum: int, frame: FrameType | None) -> None:

@@ -19,9 +19,11 @@ from launch import arguments
 from launch.arguments import ArgumentParser
 from launch.logs import setup_logging
 from launch.processes import run_process, trainer_environment
+from launch.provenance import cache_output, recorded
 from launch.run_config import RunConfig, parse_run, write_run_config
 from launch.train_commands import evaluate_run
 from teacher_cache.answers_config import AnswersConfig
+from teacher_cache.durable_files import replace_file
 from teacher_cache.errors import ConfigError, GenrecalError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +75,7 @@ def run_pipeline(*configs: RunConfig) -> None:
     steps.append(Step(name="cache", action=partial(build, first)))
     steps += [step for config in configs for step in _student_steps(config)]
     if any(config.evaluation is not None for config in configs):
-        steps.append(Step(name="report", action=partial(report, output_dir)))
+        steps.append(Step(name="report", action=partial(report, first)))
     for number, step in enumerate(steps, start=1):
         logger.info("step %d of %d: %s", number, len(steps), step.name)
         with timed(output_dir, step=step.name) as timing:
@@ -106,7 +108,9 @@ def write_answers(config: RunConfig, answers: AnswersConfig) -> bool:
     from teacher_cache import answers as job
 
     log_dir = Path(config.output_dir) / "logs"
-    return job.write_answers(config.cache, answers=answers, log_dir=log_dir).parts_written > 0
+    with recorded(lambda: [Path(config.cache.data.path)], config=config) as recording:
+        recording.counts = job.write_answers(config.cache, answers=answers, log_dir=log_dir).parts_written > 0
+    return recording.counts
 
 
 def build(config: RunConfig) -> bool:
@@ -117,7 +121,9 @@ def build(config: RunConfig) -> bool:
     """
     from teacher_cache.build import build_cache
 
-    return build_cache(config.cache, log_dir=Path(config.output_dir) / "logs").shards_built > 0
+    with recorded(lambda: [cache_output(config)], config=config) as recording:
+        recording.counts = build_cache(config.cache, log_dir=Path(config.output_dir) / "logs").shards_built > 0
+    return recording.counts
 
 
 def train(config: RunConfig, student: StudentConfig, *, run_file: Path) -> bool:
@@ -164,19 +170,21 @@ def _training_key(config: RunConfig, student: StudentConfig) -> str:
 
 def evaluate(config: RunConfig) -> bool:
     """Score what is not scored yet."""
-    evaluate_run(config)
-    return True
+    return evaluate_run(config)
 
 
-def report(output_dir: Path) -> bool:
+def report(config: RunConfig) -> bool:
     """Write the HTML report, unless it is newer than everything it shows."""
     from launch.report import write_report
 
+    output_dir = Path(config.output_dir)
     path = output_dir / "report.html"
     sources = [*output_dir.glob("evaluation/*.json"), *output_dir.glob("training/*/*/metrics.jsonl")]
     stale = not path.exists() or any(source.stat().st_mtime > path.stat().st_mtime for source in sources)
-    if stale:
-        write_report(output_dir)
+    with recorded(lambda: [path], config=config) as recording:
+        recording.counts = stale
+        if stale:
+            write_report(output_dir)
     logger.info("report: %s", path)
     return stale
 
@@ -209,6 +217,4 @@ def _add_seconds(path: Path, *, step: str, seconds: float) -> None:
         rows.append(row)
     row["seconds"] = round(row["seconds"] + seconds, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rows, indent=2) + "\n")
-    temporary.replace(path)
+    replace_file(path, (json.dumps(rows, indent=2) + "\n").encode())

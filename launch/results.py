@@ -9,6 +9,7 @@ from distill.config import StudentConfig
 from distill.scoring import EvaluationResult, read_result
 from launch.run_config import RunConfig
 from teacher_cache.config import TeacherConfig
+from teacher_cache.durable_files import replace_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,10 @@ def collect_results(config: RunConfig) -> dict[str, Any]:
     for student in config.students:
         if student.method == "genrecal":
             results["students"][student.name] = _student_results(student, config=config)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(path)
+    data = (json.dumps(results, indent=2) + "\n").encode()
+    if not path.exists() or path.read_bytes() != data:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, data)
     return results
 
 

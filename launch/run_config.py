@@ -5,8 +5,6 @@ paths are relative to the working directory.
 """
 
 import argparse
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +18,10 @@ from launch.clusters.config import ClusterConfig
 from launch.config_faults import describe_faults
 from launch.overrides import apply_overrides
 from launch.plan_config import PlanConfig
+from launch.secrets import secret_fields
 from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.config import CacheConfig, StrictConfig
+from teacher_cache.durable_files import replace_file
 from teacher_cache.errors import ConfigError
 
 
@@ -124,6 +124,11 @@ def parse_run(parser: ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Nam
 
 def validated(values: dict[str, Any], *, source: str, text: str = "") -> RunConfig:
     """Check parsed values; every fault is named with its dotted path, and its line in ``text`` where that is given."""
+    if secrets := list(secret_fields(values)):
+        raise ConfigError(
+            f"{source} holds a secret in {', '.join(secrets)}: run files are copied beside every output; put secrets "
+            "into environment variables"
+        )
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -134,11 +139,15 @@ def validated(values: dict[str, Any], *, source: str, text: str = "") -> RunConf
 
 
 def write_run_config(config: RunConfig, path: Path, *, header: str = "") -> None:
-    """Write a run file that loads to the same configuration, replacing the old one atomically."""
-    comment = "".join(f"# {line}\n" for line in header.splitlines())
-    text = comment + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Write a run file that loads to the same configuration, replacing the old one durably."""
+    data = run_file_text(config, header=header).encode()
+    if path.exists() and path.read_bytes() == data:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    replace_file(path, data)
+
+
+def run_file_text(config: RunConfig, *, header: str = "") -> str:
+    """Return a run file that loads to the same configuration."""
+    comment = "".join(f"# {line}\n" for line in header.splitlines())
+    return comment + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -6,13 +6,15 @@ import logging
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.config import STAGES
+from distill.config import STAGES, StudentConfig
 from launch.arguments import ArgumentParser, run_parser
 from launch.logs import setup_logging
 from launch.processes import end_with_parent, process_rank, run_trainers, under_launcher
+from launch.provenance import recorded
 from launch.results import Evaluated, collect_results, evaluated_models
 from launch.run_config import EvaluationConfig, RunConfig, parse_run
 from teacher_cache.config import DataConfig
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from distill.scoring import Scorer
 
 logger = logging.getLogger(__name__)
+
+DONE = "DONE.json"
+"""In the folder of a stage that is done."""
 
 
 def train_parser() -> ArgumentParser:
@@ -52,8 +57,23 @@ def train_command(argv: Sequence[str]) -> int:
     from distill.trainer import train_student
 
     stages = None if options.stage is None else (options.stage,)
-    train_student(cache=config.cache, student=student, train=config.train, output_dir=output_dir, stages=stages)
+    with recorded(partial(_trained, config, student, finished_before=_finished(config, student)), config=config) as run:
+        run.counts = rank == 0
+        train_student(cache=config.cache, student=student, train=config.train, output_dir=output_dir, stages=stages)
     return 0
+
+
+def _finished(config: RunConfig, student: StudentConfig) -> set[Path]:
+    """Return the folders of the stages that are done."""
+    return {done.parent for done in (Path(config.output_dir) / "training" / student.name).glob(f"*/{DONE}")}
+
+
+def _trained(config: RunConfig, student: StudentConfig, *, finished_before: set[Path]) -> list[Path]:
+    """Return what a training worked on: the folders of stages that were not done before it, and the student."""
+    folder = Path(config.output_dir) / "training" / student.name
+    stages = [folder / stage for stage in STAGES if (folder / stage).is_dir() and folder / stage not in finished_before]
+    exported = Path(config.output_dir) / "students" / student.name
+    return [*stages, exported] if stages and exported.is_dir() else stages
 
 
 def eval_parser() -> ArgumentParser:
@@ -70,13 +90,13 @@ def eval_command(argv: Sequence[str]) -> int:
     """Score the teacher, every untouched student and every trained one; write results.json."""
     _, config = parse_run(eval_parser(), argv)
     setup_logging(Path(config.output_dir) / "logs" / "eval.log")
-    results = evaluate_run(config)
-    print(json.dumps(results, indent=2))
+    evaluate_run(config)
+    print(json.dumps(collect_results(config), indent=2))
     return 0
 
 
-def evaluate_run(config: RunConfig) -> dict[str, object]:
-    """Score all models of a run that exist and are not scored yet; return what results.json then holds.
+def evaluate_run(config: RunConfig) -> bool:
+    """Score all models of a run that exist and are not scored yet, write results.json; return whether any was scored.
 
     Raises:
         ConfigError: The run file has no `evaluation`.
@@ -84,12 +104,16 @@ def evaluate_run(config: RunConfig) -> dict[str, object]:
     if config.evaluation is None:
         raise ConfigError("the run file has no `evaluation`: add at least `evaluation: {data: held-out.parquet}`")
     output_dir = Path(config.output_dir)
-    for model in evaluated_models(config):
-        if model.trained and not Path(model.model).exists():
-            logger.info("student %s is not trained yet: not scored", model.name)
-            continue
-        _evaluate(model, evaluation=config.evaluation, output_dir=output_dir, max_length=config.cache.data.max_length)
-    return collect_results(config)
+    with recorded(lambda: [output_dir / "evaluation"], config=config) as run:
+        scored = []
+        for model in evaluated_models(config):
+            if model.trained and not Path(model.model).exists():
+                logger.info("student %s is not trained yet: not scored", model.name)
+                continue
+            scored.append(_evaluate(model, config=config, evaluation=config.evaluation))
+        run.counts = any(scored)
+    collect_results(config)
+    return run.counts
 
 
 def export_parser() -> ArgumentParser:
@@ -98,7 +122,7 @@ def export_parser() -> ArgumentParser:
         "export",
         description="Write the student of a finished stage, or of a checkpoint in the middle of one, as a Hugging Face "
         "directory of its own.",
-        exit_codes="0 done, 1 there is no student, or the directory is taken",
+        exit_codes="0 done, 1 there is no student, or the directory is taken, 4 the checkpoint is damaged",
     )
     parser.add_argument(
         "source",
@@ -150,20 +174,21 @@ def reshard_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _evaluate(model: Evaluated, *, evaluation: EvaluationConfig, output_dir: Path, max_length: int) -> None:
+def _evaluate(model: Evaluated, *, config: RunConfig, evaluation: EvaluationConfig) -> bool:
     from distill.student import resolve_model
 
     path = resolve_model(model.model, revision=model.revision)
-    result_path = output_dir / "evaluation" / f"{model.name}.json"
+    folder = Path(config.output_dir) / "evaluation"
+    result_path = folder / f"{model.name}.json"
     key_path = result_path.with_suffix(".key")
     key = _evaluation_key(path, evaluation=evaluation)
     if result_path.exists() and key_path.exists() and key_path.read_text() == key:
-        return
+        return False
     logger.info("scoring %s (%s)", model.name, path)
     from distill.evaluate import EvaluationSettings, evaluate_model
     from distill.scoring import read_result
 
-    teacher = output_dir / "evaluation" / "teacher.json"
+    teacher = folder / "teacher.json"
     settings = EvaluationSettings(
         batch_size=evaluation.batch_size,
         max_new_tokens=evaluation.max_new_tokens,
@@ -172,13 +197,16 @@ def _evaluate(model: Evaluated, *, evaluation: EvaluationConfig, output_dir: Pat
     evaluate_model(
         path,
         name=model.name,
-        data=DataConfig(path=evaluation.data, max_samples=evaluation.max_samples, max_length=max_length),
+        data=DataConfig(
+            path=evaluation.data, max_samples=evaluation.max_samples, max_length=config.cache.data.max_length
+        ),
         output_path=result_path,
         scorer=_scorer(evaluation.scorer),
         teacher_answers=read_result(teacher).answers if model.name != "teacher" and evaluation.score_teacher else None,
         settings=settings,
     )
     key_path.write_text(key)
+    return True
 
 
 def _scorer(name: str) -> "Scorer":

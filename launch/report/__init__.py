@@ -26,6 +26,7 @@ from pathlib import Path
 import jinja2
 
 from launch.arguments import ArgumentParser
+from launch.provenance import recorded
 from launch.report.cache import cache_section, provenance_facts
 from launch.report.data import RunData, read_run
 from launch.report.examples import example_items
@@ -54,7 +55,8 @@ def report_command(argv: Sequence[str]) -> int:
     options = report_parser().parse(argv)
     if options.watch is not None:
         _watch(options.directory, interval_s=options.watch)
-    print(write_report(options.directory))
+    with recorded(lambda: [options.directory / "report.html"], config=None):
+        print(write_report(options.directory))
     return 0
 
 
