@@ -27,6 +27,7 @@ FREE_OF_TRAINING = frozenset(
         "shuffle_gap_interval_steps",
         "validation",
         "encoding_cache_mib",
+        "packing",
         "data_workers",
     }
 )

@@ -4,8 +4,11 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -227,6 +230,30 @@ def test_a_worker_that_is_killed_ends_the_run_with_advice(cache: CacheConfig, st
     with pytest.raises(GenrecalError, match=r"a process that loads data has died.*train\.data_workers"):
         take_all_but_kill_workers(data)
     assert children() <= before
+
+
+def hold_workers(cache: str, student: str) -> None:
+    """Take one part, name the workers on standard output, and wait to be killed."""
+    before = children()
+    with batches_of(join(CacheConfig.model_validate_json(cache), Path(student)), workers=2) as parts:
+        next(parts)
+        print(json.dumps([*(children() - before)]), flush=True)
+        time.sleep(600)
+
+
+def test_workers_end_when_the_process_that_trains_is_killed(cache: CacheConfig, student: Path) -> None:
+    code = f"from {__name__} import hold_workers; hold_workers(*__import__('sys').argv[1:])"
+    command = [sys.executable, "-c", code, cache.model_dump_json(), str(student)]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root, text=True) as process:
+        assert process.stdout is not None
+        workers = next(json.loads(line) for line in process.stdout if line.startswith("["))
+        assert len(workers) == 2
+        process.kill()
+    end = time.monotonic() + 60
+    while children() & set(workers):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_the_wait_is_the_time_that_the_caller_stood_still(
