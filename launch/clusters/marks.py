@@ -4,19 +4,18 @@ Exit codes get lost on the way through schedulers, so these marks alone say what
 except for the records of a cache that exists.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 from launch.run_config import RunConfig
-from teacher_cache.documents import parse_document
+from teacher_cache.documents import decode_document
 from teacher_cache.errors import CacheError, GenrecalError
 from teacher_cache.manifest import read_manifest
 from teacher_cache.storage import open_store
 
 STAGE_DONE = "DONE.json"
 """The trainer's last file of a stage."""
-COMPARED = ("student", "settings", "recalibrator", "baselines", "seed", "backend")
-"""Parts of a finished stage's identity that follow from the run file alone."""
 
 
 def cache_complete(config: RunConfig) -> bool:
@@ -52,15 +51,12 @@ def student_complete(config: RunConfig, name: str) -> bool:
         return False
     for stage in stages:
         asked: dict[str, Any] = {
-            "student": student.model_dump(mode="json", include={"dtype", "max_length", "method"}),
+            **config.train.model_dump(mode="json"),
+            "student": student.model_dump(mode="json"),
             "settings": config.train.stage(stage).model_dump(mode="json"),
-            "recalibrator": config.train.recalibrator.model_dump(mode="json"),
-            "baselines": config.train.baselines.model_dump(mode="json"),
-            "seed": config.train.seed,
-            "backend": config.train.backend,
         }
         found = _stage_identity(output_dir / "training" / name / stage / STAGE_DONE)
-        if found is None or any(part in found and found[part] != asked[part] for part in COMPARED):
+        if found is None or not _agrees(found, asked):
             return False
     return True
 
@@ -75,9 +71,20 @@ def report_complete(config: RunConfig) -> bool:
     return all(path.is_file() and path.stat().st_mtime <= report.stat().st_mtime for path in students)
 
 
+def _agrees(stored: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Tell whether the run file says the same of everything in a stored identity that it says anything of."""
+    for name, value in stored.items():
+        if name in ("student", "settings") and isinstance(value, dict):
+            if any(asked[name].get(field) != setting for field, setting in value.items()):
+                return False
+        elif name in asked and asked[name] != value:
+            return False
+    return True
+
+
 def _stage_identity(path: Path) -> dict[str, Any] | None:
     try:
-        identity = parse_document(path.read_bytes(), where=str(path))["identity"]
+        identity = json.loads(decode_document(path.read_bytes(), where=str(path)))["identity"]
     except (OSError, KeyError, GenrecalError):
         return None
     return identity if isinstance(identity, dict) else None

@@ -60,7 +60,8 @@ unset RAY_AUTH_TOKEN
 (umask 077 && rm -f "$RAY_AUTH_TOKEN_PATH" && od -An -N32 -tx1 /dev/urandom | tr -d ' \\n' >"$RAY_AUTH_TOKEN_PATH")
 export RAY_ADDRESS="$head_node:$job_port" RAY_USAGE_STATS_ENABLED=0
 export ray_dir job_port
-srun --export=ALL --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
+srun --export=ALL --kill-on-bad-exit=1 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \\
+    --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     ports="--min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0"
     cores="--num-cpus=$SLURM_CPUS_ON_NODE"
     if [ "$SLURM_NODEID" -eq 0 ]; then
@@ -68,7 +69,11 @@ srun --export=ALL --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per
             --include-dashboard=false --temp-dir="$ray_dir" $ports $cores
     fi
     until (exec 3<>"/dev/tcp/${RAY_ADDRESS%:*}/$job_port") 2>/dev/null; do sleep 1; done
-    exec ray start --block --address="$RAY_ADDRESS" $ports $cores
+    for attempt in 1 2 3; do # a head that is still busy with its own start may not answer in time
+        ray start --block --address="$RAY_ADDRESS" $ports $cores && exit 0
+        sleep 5
+    done
+    exit 1
 ' >"$STATE_DIR/$SLURM_JOB_NAME-$SLURM_JOB_ID.ray.log" 2>&1 &
 ray_step=$!
 end_ray() {
@@ -85,6 +90,7 @@ run_step() {
     wait_for "$work"
     code=$?
     work=""
+    if [ "$code" -ne 0 ] && ! kill -0 "$ray_step" 2>/dev/null; then code=3; fi # Ray is gone: not the step's fault
     if [ "$code" -ne 0 ]; then end_job "$code"; fi
 }
 

@@ -19,7 +19,7 @@ import pytest
 
 from tests.launch.small_run import write_small_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
 
@@ -30,7 +30,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(condition: Callable[[], bool], *, what: str, logs: Path, limit_s: float = 300) -> None:
+def wait_for(condition: Callable[[], bool], *, what: str, logs: Path, limit_s: float = 600) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > end:
@@ -70,7 +70,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
         wait_for(lambda: status(address) == 401, what="dashboard", logs=folder)
         start(f"--address=127.0.0.1:{port}")
         client = environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
-        command = [sys.executable, "-m", "launch.clusters.ray_nodes", "--nodes=2", "--limit-s=120"]
+        command = [sys.executable, "-m", "launch.clusters.ray_nodes", "--nodes=2", "--limit-s=300"]
         subprocess.run(command, env=client, check=True, cwd=ROOT)
         yield address, environment, folder
     finally:

@@ -17,6 +17,7 @@ from tests.launch.small_run import write_small_run
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         bool(missing_programs()),
         reason=f"no {', '.join(missing_programs())}: apt-get install slurmctld slurmd slurm-client munge",
@@ -47,7 +48,7 @@ def genrecal(*arguments: str, environment: dict[str, str], cwd: Path) -> str:
     return done.stdout
 
 
-def wait_for(condition: Callable[[], bool], *, what: str, logs: Path, limit_s: float = 400) -> None:
+def wait_for(condition: Callable[[], bool], *, what: str, logs: Path, limit_s: float = 600) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > end:

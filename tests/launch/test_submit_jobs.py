@@ -1,0 +1,195 @@
+"""What is complete, what the journal holds, and what schedulers say of jobs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.identity import run_identity
+from launch.clusters import journal, ray_nodes
+from launch.clusters.jobs import cache_nodes, run_jobs
+from launch.clusters.journal import Submission
+from launch.clusters.listing import list_jobs
+from launch.clusters.marks import cache_complete, report_complete, student_complete
+from launch.clusters.programs import run_program
+from launch.clusters.slurm_submit import submit_slurm
+from launch.clusters.states import scheduler_states
+from launch.clusters.submission import frozen_run_file, write_frozen_run_file
+from launch.run_config import RunConfig
+from teacher_cache.documents import encode_document
+from teacher_cache.errors import ConfigError, GenrecalError
+from tests.launch.test_submit_slurm import VALUES
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.chdir(tmp_path)
+    return RunConfig.model_validate(VALUES | {"train": {"num_processes": 1}})
+
+
+def finish(config: RunConfig, name: str, **changes: Any) -> None:
+    """Leave what a finished training leaves."""
+    student = config.student(name)
+    for stage in config.train.stages:
+        identity = run_identity(
+            student, config.train, stage=stage, cache="fingerprint", samples="", initial_weights="", student_files=""
+        )
+        folder = Path(config.output_dir) / "training" / name / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "DONE.json").write_bytes(encode_document({"identity": identity | changes}))
+    published = Path(config.output_dir) / "students" / name
+    published.mkdir(parents=True, exist_ok=True)
+    (published / "config.json").write_text("{}")
+
+
+def test_a_student_is_complete_with_all_stages_and_its_own_settings(config: RunConfig) -> None:
+    assert not student_complete(config, "internvl")
+    finish(config, "internvl")
+    assert student_complete(config, "internvl")
+    assert not student_complete(config, "qwen2-vl")
+    finish(config, "internvl", seed=1)
+    assert not student_complete(config, "internvl")
+    finish(config, "internvl")
+    done = Path(config.output_dir) / "training" / "internvl" / "distill" / "DONE.json"
+    whole = done.read_bytes()
+    done.write_bytes(whole.replace(b"fingerprint", b"fingerprinx"))
+    assert not student_complete(config, "internvl"), "a damaged mark counts"
+    done.unlink()
+    assert not student_complete(config, "internvl")
+
+
+def test_nothing_is_complete_without_a_cache(config: RunConfig) -> None:
+    for student in config.students:
+        finish(config, student.name)
+    assert not cache_complete(config)
+    assert [job.complete for job in run_jobs(config)] == [False] * 4
+
+
+def test_a_report_is_complete_while_it_is_newer_than_the_students(config: RunConfig) -> None:
+    output_dir = Path(config.output_dir)
+    for student in config.students:
+        finish(config, student.name)
+    assert not report_complete(config)
+    for name in ("results.json", "report.html"):
+        (output_dir / name).write_text("")
+    assert report_complete(config)
+    os.utime(output_dir / "report.html", (1, 1))
+    assert not report_complete(config)
+
+
+def test_nodes_follow_from_the_replicas(config: RunConfig) -> None:
+    resources = config.cluster.slurm.cache
+    assert cache_nodes(config, resources) == 2
+    assert cache_nodes(config, resources.model_copy(update={"gpus_per_node": 3})) == 6
+    assert cache_nodes(config, resources.model_copy(update={"gpus_per_node": 0})) == 1
+    assert cache_nodes(config, resources.model_copy(update={"nodes": 5})) == 5
+
+
+def submission(**changes: Any) -> Submission:
+    values = {"scheduler": "slurm", "label": "cache", "key": "k", "job_id": "1", "run_file": "x", "submitted": "t"}
+    return Submission(**(values | changes))
+
+
+def test_the_journal_keeps_order_and_survives_a_cut_line(tmp_path: Path) -> None:
+    for number in ("1", "2"):
+        journal.append(tmp_path, submission(job_id=number))
+    with (tmp_path / journal.JOURNAL).open("a") as file:
+        file.write('{"scheduler": "slu')
+    assert [entry.job_id for entry in journal.read(tmp_path)] == ["1", "2"]
+    newest = journal.latest(tmp_path, scheduler="slurm", key="k")
+    assert newest is not None
+    assert newest.job_id == "2"
+    assert journal.latest(tmp_path, scheduler="ray", key="k") is None
+    assert (tmp_path / journal.JOURNAL).stat().st_mode & 0o077 == 0
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    return tmp_path / "bin"
+
+
+def test_the_queue_is_right_where_the_accounting_lags(programs: Path) -> None:
+    program(programs, "sacct", "printf '1|RUNNING\\n2_0|CANCELLED by 0\\n'")
+    program(programs, "squeue", "printf '1|COMPLETED\\n'")
+    entries = [submission(job_id="1"), submission(job_id="2_0"), submission(job_id="9")]
+    assert scheduler_states(entries) == {"1": "COMPLETED", "2_0": "CANCELLED"}
+    program(programs, "sacct", "exit 1")
+    assert scheduler_states(entries) == {"1": "COMPLETED"}
+
+
+def test_a_scheduler_that_cannot_be_asked_says_nothing(programs: Path) -> None:
+    program(programs, "sacct", "exit 1")
+    program(programs, "squeue", "exit 1")
+    program(programs, "kubectl", "exit 1")
+    ray = submission(scheduler="ray", where={"address": "http://127.0.0.1:1"})
+    assert scheduler_states([submission(), ray, submission(scheduler="kuberay")]) == {}
+
+
+def test_faults_of_programs_are_named(programs: Path) -> None:
+    with pytest.raises(ConfigError, match="no program 'genrecal-none' on PATH"):
+        run_program(["genrecal-none"])
+    program(programs, "broken", "echo no such partition >&2; exit 5")
+    with pytest.raises(GenrecalError, match="broken failed with exit code 5: no such partition"):
+        run_program(["broken"])
+
+
+def test_jobs_are_listed_with_their_marks(config: RunConfig, programs: Path, tmp_path: Path) -> None:
+    program(programs, "sacct", "exit 1")
+    program(programs, "squeue", "printf '7|FAILED\\n'")
+    write_frozen_run_file(config)
+    cache = run_jobs(config)[0]
+    entry = submission(key=cache.key, run_file=str(frozen_run_file(config)))
+    folder = tmp_path / "run" / "submit"
+    journal.append(folder, entry)
+    journal.append(folder, submission(key=cache.key, run_file=entry.run_file, job_id="7"))
+    journal.append(folder, submission(key="other", run_file="gone.yaml"))
+    for place in (tmp_path, tmp_path / "run"):
+        listed = [(item.submission.job_id, item.state, item.complete) for item in list_jobs(place)]
+        assert listed == [("7", "FAILED", False), ("1", "unknown", None)]
+
+
+def test_an_answer_of_sbatch_that_is_no_number_is_an_error(config: RunConfig, programs: Path) -> None:
+    program(programs, "sbatch", "echo queued")
+    with pytest.raises(GenrecalError, match="sbatch answered 'queued'"):
+        submit_slurm(config)
+    assert journal.read(Path("run/submit")) == []
+
+
+def test_each_job_depends_on_the_one_before(config: RunConfig, programs: Path) -> None:
+    program(programs, "sbatch", 'echo "$*" >>calls; echo "$(wc --lines <calls);cluster"')
+    states = {outcome.job.label: outcome.job_id for outcome in submit_slurm(config)}
+    assert states == {"cache": "1", "train internvl": "2_0", "train qwen2-vl": "2_1", "report": "3"}
+    dependencies = [line.split("--dependency=")[-1].split()[0] for line in Path("calls").read_text().splitlines()]
+    assert dependencies[1:] == ["afterok:1", "afterok:2"]
+
+
+def test_waiting_for_nodes_ends_in_time() -> None:
+    environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1"}
+    command = [sys.executable, "-m", "launch.clusters.ray_nodes", "--nodes", "2", "--limit-s", "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "nothing listens at 127.0.0.1:1" in done.stderr
+
+
+def test_a_condition_is_asked_until_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_nodes, "INTERVAL_S", 0.0)
+    answers = [False, False, True]
+    assert ray_nodes.wait_until(lambda: answers.pop(0), end=float("inf"))
+    assert answers == []
+
+
+def test_records_are_json_of_one_line(tmp_path: Path) -> None:
+    journal.append(tmp_path, submission(label="train a\nb"))
+    (line,) = (tmp_path / journal.JOURNAL).read_text().splitlines()
+    assert json.loads(line)["label"] == "train a\nb"
