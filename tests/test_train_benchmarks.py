@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 NAMED = {
     "align_speedup_over_live_teacher",
     "distill_speedup_over_live_teacher",

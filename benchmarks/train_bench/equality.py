@@ -59,14 +59,15 @@ def measure(inputs: Inputs, folder: Path) -> Iterator[Figure]:
             "data": inputs.cache.data.model_copy(update={"max_samples": QUICK.num_samples}),
         }
     )
-    small = capture(config)
+    small, settings = capture(config), inputs.settings
+    runs = {name: RUNS[name] for name in settings.equality_runs}
     yield _figure(
         "transformers",
-        _differences(config, small.live, folder=folder / "transformers", runs=RUNS),
+        _differences(config, small.live, folder=folder / "transformers", runs=runs),
         bar=BAR,
         json_name="cached_vs_live_loss_relative_difference",
     )
-    if inputs.settings == QUICK or find_spec("vllm") is None:
+    if not settings.with_vllm or find_spec("vllm") is None:
         return
     build = BuildConfig(engine="vllm", max_batched_tokens=2048, kv_cache_gib=0.125)
     by_vllm = config.model_copy(update={"uri": str(folder / "vllm-cache"), "build": build})

@@ -26,6 +26,10 @@ class Settings:
     overhead_stage: Mapping[str, Any]
     """Batch sizes of the steps with and without the trainer."""
     overhead_pairs: int
+    equality_runs: tuple[str, ...]
+    """Names of the runs whose losses are compared."""
+    with_vllm: bool
+    """Compare those of vLLM too."""
 
 
 _TEACHER = ModelSpec(family="qwen2-vl", tokenizer="byte-bpe", vocab_size=2048, initializer_range=0.02)
@@ -57,6 +61,15 @@ FULL = Settings(
     trainings_samples=24,
     overhead_stage={"global_batch_size": 8, "micro_batch_size": 4},
     overhead_pairs=20,
+    equality_runs=(
+        "genrecal",
+        "genrecal with stand-ins",
+        "kd from top-k",
+        "kd from rows",
+        "uld from top-k",
+        "uld from rows",
+    ),
+    with_vllm=True,
 )
 _SMALL = ModelSpec(family="qwen2-vl", tokenizer="byte-bpe", vocab_size=384)
 QUICK = Settings(
@@ -72,4 +85,6 @@ QUICK = Settings(
     trainings_samples=8,
     overhead_stage={"global_batch_size": 4, "micro_batch_size": 2},
     overhead_pairs=2,
+    equality_runs=("genrecal", "uld from top-k"),
+    with_vllm=False,
 )
