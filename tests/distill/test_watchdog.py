@@ -85,6 +85,7 @@ def test_a_step_that_hangs_ends_the_run_and_the_next_one_goes_on(
     assert "in hang" in log
     continue_align(cache, tiny_llava, folder / "run", **settings)
     assert [record["global_step"] for record in read_metrics(folder / "run", "align")] == [1, 2, 3, 4, 5]
+    print("R27: a step that hangs: exit code 3 at its limit, the step and all stacks in the log, resumed")
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
@@ -101,6 +102,7 @@ def test_the_survivor_of_a_pair_does_not_wait_for_ever(number: int) -> None:
     # a peer that is gone is an error at once; one that stands still is one after the limit
     assert status == (EXIT_CODE if number == signal.SIGSTOP else 1)
     assert seconds < LIMIT_S + GRACE_S
+    print(f"R27: a peer after {signal.Signals(number).name}: the survivor ended with exit code {status}")
 
 
 def _fork_rank(rank: int, *, port: int, number: int) -> int:
