@@ -46,7 +46,7 @@ def write_report(config: StudyConfig, *, config_path: str, failures: Sequence[Fa
     """Write figures, and the tables into the page, whose other text stays; return the page.
 
     Raises:
-        DataError: There are no results, or the page has no markers.
+        DataError: The page has no markers.
     """
     folder = Path(config.report_dir)
     rows = read_table(folder / RESULTS)

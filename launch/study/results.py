@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from teacher_cache.durable_files import sync_folder
-from teacher_cache.errors import DataError
 
 RESULT = "result.json"
 """Written last: a run's folder that has it is done."""
@@ -103,13 +102,9 @@ def write_table(rows: Iterable[Row], path: Path) -> None:
 
 
 def read_table(path: Path) -> list[Row]:
-    """Read what ``write_table`` wrote.
-
-    Raises:
-        DataError: There are no results yet.
-    """
+    """Read what ``write_table`` wrote; nothing before the first run."""
     if not path.exists():
-        raise DataError(f"no results at {path}: run the study first, `genrecal study CONFIG`")
+        return []
     return [Row(**values) for values in pq.read_table(path).to_pylist()]
 
 
