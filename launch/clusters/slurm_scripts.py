@@ -17,6 +17,9 @@ stop=""
 trap 'stop=USR1; stop_work USR1' USR1
 trap 'stop=TERM; stop_work TERM' TERM
 
+clean_up() { :; }
+trap 'clean_up' EXIT
+
 wait_for() { # the exit code of a process, however many signals this shell receives meanwhile
     local code
     wait "$1"
@@ -42,6 +45,8 @@ end_job() { # 0 is done; 2, 4 and an error of its own (1) stay failed; anything 
         exit 3
     fi
     echo "incomplete (exit code $code${stop:+, after $stop}): queued again" >&2
+    clean_up # now: later it would meet the job that is queued again
+    trap - EXIT
     trap 'exit 3' TERM # Slurm ends this script before it starts the next
     scontrol requeue "$SLURM_JOB_ID" && sleep 60 &
     wait "$!"
@@ -65,24 +70,25 @@ srun --export=ALL --kill-on-bad-exit=1 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-
     ports="--min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0"
     cores="--num-cpus=$SLURM_CPUS_ON_NODE"
     if [ "$SLURM_NODEID" -eq 0 ]; then
-        exec ray start --block --head --port="$job_port" --ray-client-server-port="$((job_port + 10000))" \\
-            --include-dashboard=false --temp-dir="$ray_dir" $ports $cores
+        start=(--head --port="$job_port" --ray-client-server-port="$((job_port + 10000))" --include-dashboard=false
+            --temp-dir="$ray_dir")
+    else
+        until (exec 3<>"/dev/tcp/${RAY_ADDRESS%:*}/$job_port") 2>/dev/null; do sleep 1; done
+        start=(--address="$RAY_ADDRESS")
     fi
-    until (exec 3<>"/dev/tcp/${RAY_ADDRESS%:*}/$job_port") 2>/dev/null; do sleep 1; done
-    for attempt in 1 2 3; do # a head that is still busy with its own start may not answer in time
-        ray start --block --address="$RAY_ADDRESS" $ports $cores && exit 0
+    for attempt in 1 2 3; do # on a busy node Ray may not come up within its 30 s
+        ray start --block "${start[@]}" $ports $cores && exit 0
         sleep 5
     done
     exit 1
 ' >"$STATE_DIR/$SLURM_JOB_NAME-$SLURM_JOB_ID.ray.log" 2>&1 &
 ray_step=$!
-end_ray() {
+clean_up() {
     rm -f "$RAY_AUTH_TOKEN_PATH"
-    scancel --signal=KILL "$SLURM_JOB_ID.0" # the step that runs Ray
+    timeout 10 scancel --signal=KILL "$SLURM_JOB_ID.0" # the step that runs Ray
     wait "$ray_step"
-    srun --export=ALL rm -rf "$ray_dir"
+    timeout 60 srun --export=ALL rm -rf "$ray_dir"
 }
-trap end_ray EXIT
 
 run_step() {
     "$@" &

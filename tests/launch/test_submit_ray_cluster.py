@@ -58,17 +58,26 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
     head += ["--include-dashboard=true", f"--temp-dir={folder}", f"--ray-client-server-port={free_port()}"]
     nodes: list[subprocess.Popen[bytes]] = []
+    outputs: list[Path] = []
 
     def start(*options: str) -> None:
-        with (tmp_path_factory.getbasetemp() / f"ray-{len(nodes)}.out").open("wb") as log:
+        outputs.append(token.parent / f"ray-{len(nodes)}.out")
+        with outputs[-1].open("wb") as log:
             command = [str(RAY), "start", *options, *common, "--dashboard-agent-listen-port=0"]
             nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
 
+    def came_up(*options: str, sign: Callable[[], bool]) -> None:
+        """Start a node, again where Ray did not come up within its own 30 s on a busy machine."""
+        for _ in range(3):
+            start(*options)
+            wait_for(lambda: sign() or nodes[-1].poll() is not None, what="Ray node", logs=folder)
+            if nodes[-1].poll() is None:
+                return
+
     try:
-        start(*head)
         address = f"http://127.0.0.1:{dashboard}"
-        wait_for(lambda: status(address) == 401, what="dashboard", logs=folder)
-        start(f"--address=127.0.0.1:{port}")
+        came_up(*head, sign=lambda: status(address) == 401 and "runtime started" in outputs[-1].read_text())
+        came_up(f"--address=127.0.0.1:{port}", sign=lambda: "runtime started" in outputs[-1].read_text())
         client = environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
         command = [sys.executable, "-m", "launch.clusters.ray_nodes", "--nodes=2", "--limit-s=300"]
         subprocess.run(command, env=client, check=True, cwd=ROOT)
