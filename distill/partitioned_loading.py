@@ -49,6 +49,8 @@ def load_partitioned(
     """
     with _without_values():
         model = empty_student(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        # a part of the initialisation that is left out
+        model.tie_weights()
     sources = _sources(model, path)
     if sources is None:
         return None
