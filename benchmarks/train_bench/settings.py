@@ -34,7 +34,7 @@ class Settings:
 
 _TEACHER = ModelSpec(family="qwen2-vl", tokenizer="byte-bpe", vocab_size=2048, initializer_range=0.02)
 _STUDENT = replace(
-    _TEACHER, hidden_size=256, intermediate_size=1024, num_layers=8, num_heads=4, num_kv_heads=4, vision_hidden=64
+    _TEACHER, hidden_size=320, intermediate_size=1280, num_layers=6, num_heads=5, num_kv_heads=5, vision_hidden=64
 )
 FULL = Settings(
     teacher=replace(
@@ -56,7 +56,7 @@ FULL = Settings(
     num_samples=32,
     words=(60, 40),
     image_side=64,
-    stage={"global_batch_size": 8, "micro_batch_size": 4},
+    stage={"global_batch_size": 8, "micro_batch_size": 8},
     step_pairs=5,
     trainings_samples=24,
     overhead_stage={"global_batch_size": 8, "micro_batch_size": 4},
