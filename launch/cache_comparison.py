@@ -66,10 +66,11 @@ def find_parser() -> ArgumentParser:
 
 def find_command(argv: Sequence[str]) -> int:
     """Print which caches under a folder serve a run file; exit 4 when none does."""
-    options, config = parse_run(find_parser(), argv)
-    folder = Path(options.folder)
+    parser = find_parser()
+    folder = Path(parser.parse_known_args(argv)[0].folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no local folder; give the folder first: genrecal cache find FOLDER CONFIG")
+    options, config = parse_run(parser, argv)
     from teacher_cache.build_plan import cache_identity
     from teacher_cache.inspect import find_caches
     from teacher_cache.samples import read_samples

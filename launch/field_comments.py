@@ -35,10 +35,11 @@ _KEY = re.compile(r"(?P<indent> *(?:- )?)(?P<key>[A-Za-z_]\w*):(?: |$)")
 
 
 def annotate(text: str, *, model: type[BaseModel] = RunConfig) -> str:
-    """Return a run file in block style with each field's meaning above it."""
+    """Return a run file in block style with each field's meaning above the first line that sets it."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith(MARK)]
     path: list[tuple[int, type[BaseModel] | None]] = [(-1, model)]
     result: list[str] = []
+    told: set[tuple[str, str]] = set()
     for line in lines:
         if match := _KEY.match(line):
             column = len(match["indent"])
@@ -46,8 +47,10 @@ def annotate(text: str, *, model: type[BaseModel] = RunConfig) -> str:
                 path.pop()
             owner = path[-1][1]
             field = None if owner is None else owner.model_fields.get(match["key"])
-            if field is not None and "- " not in match["indent"]:
-                result += _comment(field, indent=column)
+            meaning = (match["key"], "" if field is None else field.description or "")
+            if field is not None and meaning not in told:
+                told.add(meaning)
+                result += _comment(field, indent=len(match["indent"].partition("-")[0]))
             path.append((column, None if field is None else inner_model(field.annotation)))
         result.append(line)
     return "\n".join(result) + "\n"

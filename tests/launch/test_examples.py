@@ -7,10 +7,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen2VLTextConfig, Qwen3Config, Qwen3VLTextConfig
 
+from launch.demo.make_models import STUDENTS as DEMO_STUDENTS
+from launch.demo.run import FULL, run_file
+from launch.field_comments import annotate
 from launch.run_config import RunConfig, load_run_config
 from recalibrator import Recalibrator, RecalibratorConfig
 
-EXAMPLES = {path.stem: path for path in (Path(__file__).parents[2] / "examples").glob("*_from_*.yaml")}
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = {path.stem: path for path in FOLDER.glob("*_from_*.yaml")}
+CPU_DEMO = FOLDER / "cpu-demo.yaml"
 PAIRS = {
     "internvl2_5-8b_from_qwen2-vl-72b",
     "qwen2-vl-2b_from_qwen2-vl-72b",
@@ -135,6 +140,19 @@ STUDENTS = {
 
 def test_every_pair_has_its_run_file() -> None:
     assert set(EXAMPLES) == PAIRS
+
+
+@pytest.mark.parametrize("path", [*EXAMPLES.values(), CPU_DEMO], ids=lambda path: path.stem)
+def test_comments_about_fields_are_those_of_the_fields(path: Path) -> None:
+    text = path.read_text()
+    assert text == annotate(text), f"run python -m launch.field_comments {path}"
+    assert text.startswith("# yaml-language-server: $schema=run.schema.json\n")
+    assert not set(text) & set("{}"), "block style gives every field its comment"
+
+
+def test_the_cpu_demo_is_the_demos_own_run() -> None:
+    student = next(iter(DEMO_STUDENTS))
+    assert load_run_config(CPU_DEMO) == run_file(Path("runs/demo"), student=student, size=FULL)
 
 
 @pytest.fixture(params=sorted(PAIRS))
