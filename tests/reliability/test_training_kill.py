@@ -29,6 +29,9 @@ from tests.reliability.processes import quick_folder, run_in_child
 KILLS = 20
 SAVE_INTERVAL = 2
 STEPS = 70
+ZERO_STEPS = 12
+ZERO_KILLS = (1, 4, 7, 10)
+"""Steps after which a ZeRO-3 process is killed."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2_vl: Path) -> Cach
     return build_small_cache(folder, teacher=tiny_qwen2_vl, data=data, without_question_rows=("s001", "s005"))
 
 
-def train(cache: CacheConfig, student: Path, output_dir: Path, *, max_steps: int) -> None:
+def train(cache: CacheConfig, student: Path, output_dir: Path, *, max_steps: int, **changes: Any) -> None:
     """Train, and list the samples of every step that is taken in order.jsonl."""
     taken = output_dir / "order.jsonl"
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -68,6 +71,7 @@ def train(cache: CacheConfig, student: Path, output_dir: Path, *, max_steps: int
                 align=STAGE | {"max_steps": max_steps, "learning_rate": 1e-2},
                 save_interval_steps=SAVE_INTERVAL,
                 shuffle_gap_interval_steps=1000,
+                **changes,
             ),
             output_dir=output_dir,
             stages=["align"],
@@ -134,6 +138,33 @@ def test_kills_at_random_steps_change_no_number(cache: CacheConfig, tiny_llava: 
     exported = [(run / "training/tiny/align/recalibrator.safetensors").read_bytes() for run in (whole, killed)]
     assert exported[0] == exported[1]
     print(f"R16: torch: {kills} kills in {STEPS} steps: trace and samples identical, at most {most_lost} steps lost")
+
+
+@pytest.mark.slow
+def test_kills_under_zero3_change_no_number(cache: CacheConfig, tiny_llava: Path, tmp_path: Path) -> None:
+    import deepspeed  # noqa: F401 - once, instead of in every child
+
+    log = tmp_path / "killed/training/tiny/align/metrics.jsonl"
+    zero3 = {"backend": "zero3", "zero": {"persistence_threshold": 0}}
+
+    def child(name: str, *, lines: int | None = None) -> int:
+        def act(_: object) -> None:
+            if lines is not None:
+                kill_soon(log, lines=lines, delay_s=0.0)
+            train(cache, tiny_llava, tmp_path / name, max_steps=ZERO_STEPS, **zero3)
+
+        return run_in_child(act)[0]
+
+    for lines in ZERO_KILLS:
+        assert child("killed", lines=lines) == -signal.SIGKILL
+    assert child("killed") == 0
+    assert child("whole") == 0
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert order(tmp_path / "killed") == order(tmp_path / "whole")
+    for name in ("recalibrator.safetensors", "export/model.safetensors"):
+        killed, whole = (tmp_path / run / "training/tiny/align" / name for run in ("killed", "whole"))
+        assert killed.read_bytes() == whole.read_bytes()
+    print(f"R16: ZeRO-3: {len(ZERO_KILLS)} kills in {ZERO_STEPS} steps: trace, samples and exported bytes identical")
 
 
 def _newest(output_dir: Path) -> int:
