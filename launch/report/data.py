@@ -112,12 +112,13 @@ def read_run(run_dir: Path) -> RunData:
     if not evaluations:
         notes.append("no evaluation/*.json: run `genrecal eval`")
     samples, rows = _read_held_out(_data_path(run_dir, configs), notes=notes) if evaluations else ((), ())
+    stage_logs = _read_stage_logs(run_dir, notes=notes)
     return RunData(
         run_dir=run_dir,
         results=results,
-        students=tuple(dict.fromkeys([*results["students"], *_distilled(configs)])),
+        students=tuple(dict.fromkeys([*results["students"], *_distilled(configs)])) or _trained(stage_logs),
         evaluations=evaluations,
-        stage_logs=_read_stage_logs(run_dir, notes=notes),
+        stage_logs=stage_logs,
         cache=_read_cache(_cache_uri(run_dir, configs), notes=notes),
         samples=samples,
         rows=rows,
@@ -135,6 +136,12 @@ def _distilled(configs: list[dict[str, Any]]) -> list[str]:
     """Return the students of the run files that are distilled, not those of their baselines."""
     students = [student for config in configs for student in config.get("students", ())]
     return [student["name"] for student in students if student.get("method", "genrecal") == "genrecal"]
+
+
+def _trained(stage_logs: tuple[StageLog, ...]) -> tuple[str, ...]:
+    """Return the students that a folder without a run file trains, baselines left out."""
+    suffixes = tuple(f"-{kind}" for kind in BASELINES)
+    return tuple(dict.fromkeys(log.student for log in stage_logs if not log.student.endswith(suffixes)))
 
 
 def _expected_stages(configs: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:

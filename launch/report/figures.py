@@ -252,7 +252,8 @@ def chain_stages(axis: Axes, panels: Sequence[Panel], *, metrics: Mapping[str, t
                 marker = "o" if len(steps) < 40 else ""
                 axis.plot(steps, curve.values, color=COLORS[color], label=label, marker=marker, ms=3)
     low, high = axis.get_ylim()
-    axis.set_ylim(min(low, 0), high + 0.2 * (high - low))
+    # room for the stages' names, also over a line that is level
+    axis.set_ylim(min(low, 0), high + 0.2 * (high - min(low, 0)))
     for panel, (start, stop) in zip(panels, pairwise(starts), strict=True):
         axis.axvline(stop, color=COLORS["grid"], lw=0.8)
         axis.annotate(panel.title, ((start + stop) / 2, 1), (0, -2), textcoords="offset points",
