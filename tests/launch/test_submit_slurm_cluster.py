@@ -123,33 +123,84 @@ def test_a_run_survives_a_killed_trainer_and_is_not_run_twice(
     assert "STUDENTS=(small)" in plan
 
 
-def test_a_refused_job_is_not_queued_again(
+@pytest.fixture
+def stand_in(
     slurm: dict[str, str], tiny_internvl: Path, digit_samples: Path, tmp_path: Path
-) -> None:
+) -> Callable[[str], subprocess.Popen[str]]:
+    """Submits the script of the training with a stand-in for `genrecal`, and waits for its end."""
+
+    def submit(program: str) -> subprocess.Popen[str]:
+        cluster = {"slurm": {"train": RESOURCES | {"nodes": 2}}}
+        run_file = write_small_run(
+            tmp_path, teacher=tiny_internvl, student=tiny_internvl, data=digit_samples, cluster=cluster
+        )
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        (folder / "genrecal").write_text(f"#!/bin/bash\ncd {tmp_path}\n{program}\n")
+        (folder / "genrecal").chmod(0o755)
+        plan = genrecal("submit", "slurm", str(run_file), "--plan", environment=slurm, cwd=tmp_path)
+        script = next(part for part in plan.split("# ==> ") if "train.sbatch\n" in part).partition("\n")[2]
+        (tmp_path / "run" / "submit" / "slurm" / "jobs").mkdir(parents=True)
+        script = script.replace(f"PATH={Path(sys.executable).parent}:", f"PATH={folder}:")
+        (tmp_path / "train.sbatch").write_text(script)
+        command = ["sbatch", "--parsable", "--wait", "train.sbatch"]
+        return subprocess.Popen(command, cwd=tmp_path, env=slurm, stdout=subprocess.PIPE, text=True)
+
+    return submit
+
+
+def starts(folder: Path) -> int:
+    return len((folder / "starts").read_text().splitlines()) if (folder / "starts").exists() else 0
+
+
+FIRST = '[ "$SLURM_PROCID" = 0 ] && echo "$SLURM_RESTART_COUNT" >>starts\n'
+
+
+def test_a_refused_job_is_not_queued_again(stand_in: Callable[[str], subprocess.Popen[str]], tmp_path: Path) -> None:
     """The trainer exits 4 in one task; srun reports the signal that ended the other."""
-    cluster = {"slurm": {"train": RESOURCES | {"nodes": 2}}}
-    run_file = write_small_run(
-        tmp_path, teacher=tiny_internvl, student=tiny_internvl, data=digit_samples, cluster=cluster
+    job = stand_in(FIRST + '[ "$SLURM_PROCID" = 0 ] && exit 4\nsleep 60')
+    job.communicate(timeout=300)
+    assert job.returncode == 4
+    assert starts(tmp_path) == 1
+
+
+def test_a_killed_task_queues_the_job_again_once(
+    stand_in: Callable[[str], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    job = stand_in(FIRST + '[ -z "$SLURM_RESTART_COUNT" ] && [ "$SLURM_PROCID" = 1 ] && kill -9 $$\nsleep 20')
+    job.communicate(timeout=300)
+    assert job.returncode == 0
+    assert starts(tmp_path) == 2, "what stopped the first run has met the second"
+
+
+def test_a_job_that_is_told_of_its_end_saves_and_is_queued_again(
+    stand_in: Callable[[str], subprocess.Popen[str]], slurm: dict[str, str], tmp_path: Path
+) -> None:
+    job = stand_in(
+        "trap 'touch saved$SLURM_PROCID; exit 143' TERM\n" + FIRST + '[ -n "$SLURM_RESTART_COUNT" ] && exit 0\n'
+        "for _ in {1..600}; do sleep 0.1; done"
     )
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "genrecal").write_text('#!/bin/bash\n[ "$SLURM_PROCID" = 0 ] && exit 4\nsleep 60\n')
-    (folder / "genrecal").chmod(0o755)
-    plan = genrecal("submit", "slurm", str(run_file), "--plan", environment=slurm, cwd=tmp_path)
-    script = next(part for part in plan.split("# ==> ") if "train.sbatch\n" in part).partition("\n")[2]
-    script = script.replace(f"PATH={Path(sys.executable).parent}:", f"PATH={folder}:")
-    (tmp_path / "run" / "submit" / "slurm" / "jobs").mkdir(parents=True)
-    (tmp_path / "train.sbatch").write_text(script)
-    done = subprocess.run(
-        ["sbatch", "--wait", "train.sbatch"],
-        cwd=tmp_path,
-        env=slurm,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 4, done.stdout + done.stderr
+    wait_for(lambda: starts(tmp_path) == 1, what="start", logs=tmp_path)
+    command = ["squeue", "--noheader", "--format=%A", "--states=RUNNING"]
+    number = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True).stdout.strip()
+    time.sleep(2)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", number], env=slurm, check=True)
+    job.communicate(timeout=300)
+    assert job.returncode == 0
+    assert (tmp_path / "saved0").exists()
+    assert (tmp_path / "saved1").exists()
+    assert starts(tmp_path) == 2
+
+
+def test_a_cancelled_job_is_not_queued_again(
+    stand_in: Callable[[str], subprocess.Popen[str]], slurm: dict[str, str], tmp_path: Path
+) -> None:
+    job = stand_in("trap 'exit 143' TERM\n" + FIRST + "for _ in {1..600}; do sleep 0.1; done")
+    wait_for(lambda: starts(tmp_path) == 1, what="start", logs=tmp_path)
+    subprocess.run(["scancel", "--state=RUNNING", f"--user={os.environ.get('USER', 'root')}"], env=slurm, check=True)
+    job.communicate(timeout=300)
+    assert job.returncode != 0
+    assert starts(tmp_path) == 1
 
 
 def test_the_environment_of_a_job_holds_no_more_than_was_named(slurm: dict[str, str], tmp_path: Path) -> None:
