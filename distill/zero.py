@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from distill.call_order import require_same_calls
 from distill.config import Backend, Stage, TrainConfig
 from distill.engine import Engine, PartitionReport, TorchEngine, set_learning_rate
 from distill.partitioned_loading import load_partitioned, whole_size
@@ -123,6 +124,10 @@ class ZeroEngine:
         for module in leaf_modules(model, max_parameters=train.zero.leaf_module_parameters):
             set_z3_leaf_module(module, True)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
+        if model.spec.with_answers:
+            # the losses read the head outside of its own module; met in the middle of a traced pass, it breaks the trace
+            for parameter in model.student.get_output_embeddings().parameters():
+                deepspeed.zero.register_external_parameter(model, parameter)
         report = self.partition_report()
         logger.info("ZeRO-3 over %d process(es): %s", processes.world_size, asdict(report))
         if processes.world_size > 1 and report.partitioned < report.parameters / 2:
@@ -133,6 +138,7 @@ class ZeroEngine:
 
     def forward(self, **inputs: Any) -> Any:
         """Run the model's forward inside the engine."""
+        require_same_calls(inputs, processes=self._processes)
         return self._engine(**inputs)
 
     def backward(self, loss: Tensor) -> None:
