@@ -8,19 +8,21 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from distill.config import StudentConfig
 from launch import arguments
+from launch.accounting import ACCOUNTING, account
 from launch.arguments import ArgumentParser
 from launch.logs import setup_logging
 from launch.processes import run_process, trainer_environment
 from launch.provenance import cache_output, recorded
 from launch.run_config import RunConfig, parse_run, write_run_config
+from launch.run_students import RunStudent
 from launch.train_commands import evaluate_run
 from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.durable_files import replace_file
@@ -76,10 +78,28 @@ def run_pipeline(*configs: RunConfig) -> None:
     steps += [step for config in configs for step in _student_steps(config)]
     if any(config.evaluation is not None for config in configs):
         steps.append(Step(name="report", action=partial(report, first)))
+    took: dict[str, float] = {}
     for number, step in enumerate(steps, start=1):
-        logger.info("step %d of %d: %s", number, len(steps), step.name)
+        logger.info("step %d of %d: %s%s", number, len(steps), step.name, _left(steps[number - 1 :], took))
         with timed(output_dir, step=step.name) as timing:
             timing.counts = step.action()
+        if timing.counts:
+            took[step.name] = timing.seconds
+    if took or not (output_dir / ACCOUNTING).exists():
+        account(configs)
+
+
+def _left(steps: Sequence[Step], took: Mapping[str, float]) -> str:
+    """Return how long the steps will take if each takes as long as those of its kind took, where any did."""
+    kinds: dict[str, list[float]] = {}
+    for name, seconds in took.items():
+        kinds.setdefault(name.partition(" ")[0], []).append(seconds)
+    known = [kinds[kind] for step in steps if (kind := step.name.partition(" ")[0]) in kinds]
+    if not known:
+        return ""
+    seconds = round(sum(sum(found) / len(found) for found in known))
+    bound = "about" if len(known) == len(steps) else "at least"
+    return f" ({bound} {timedelta(seconds=seconds)} left at the pace of the steps before)"
 
 
 def _student_steps(config: RunConfig) -> list[Step]:
@@ -126,7 +146,7 @@ def build(config: RunConfig) -> bool:
     return recording.counts
 
 
-def train(config: RunConfig, student: StudentConfig, *, run_file: Path) -> bool:
+def train(config: RunConfig, student: RunStudent, *, run_file: Path) -> bool:
     """Train one student in processes of its own, so that this one stays free of torch.distributed.
 
     Raises:
@@ -151,7 +171,7 @@ def train(config: RunConfig, student: StudentConfig, *, run_file: Path) -> bool:
     return True
 
 
-def _training_key(config: RunConfig, student: StudentConfig) -> str:
+def _training_key(config: RunConfig, student: RunStudent) -> str:
     """Return what a finished training depends on; the trainer itself checks each part by name."""
     from distill.student import resolve_model
     from teacher_cache import open_cache
@@ -160,8 +180,8 @@ def _training_key(config: RunConfig, student: StudentConfig) -> str:
 
     return fingerprint(
         {
-            "train": config.train.model_dump(mode="json"),
-            "student": student.model_dump(mode="json"),
+            "train": student.settings(config.train).model_dump(mode="json"),
+            "student": student.alone().model_dump(mode="json"),
             "weights": digest_files(weight_files(resolve_model(student.model, revision=student.revision))),
             "cache": open_cache(config.cache.uri).fingerprint,
         }
@@ -191,9 +211,10 @@ def report(config: RunConfig) -> bool:
 
 @dataclass(kw_only=True)
 class Timing:
-    """Whether a step's time is kept."""
+    """Whether a step's time is kept, and what it was."""
 
     counts: bool = True
+    seconds: float = 0.0
 
 
 @contextmanager
@@ -205,8 +226,9 @@ def timed(output_dir: Path, *, step: str) -> Iterator[Timing]:
     try:
         yield timing
     finally:
+        timing.seconds = time.monotonic() - start
         if timing.counts:
-            _add_seconds(path, step=step, seconds=time.monotonic() - start)
+            _add_seconds(path, step=step, seconds=timing.seconds)
 
 
 def _add_seconds(path: Path, *, step: str, seconds: float) -> None:

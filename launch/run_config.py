@@ -5,19 +5,20 @@ paths are relative to the working directory.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from distill.config import StudentConfig, TrainConfig
+from distill.config import TrainConfig
 from launch.arguments import ArgumentParser
 from launch.clusters.config import ClusterConfig
 from launch.config_faults import describe_faults
 from launch.overrides import apply_overrides
 from launch.plan_config import PlanConfig
+from launch.run_students import SHARED, RunStudent, expand_matrix
 from launch.secrets import secret_fields
 from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.config import CacheConfig, StrictConfig
@@ -50,8 +51,11 @@ class RunConfig(StrictConfig):
     cache: CacheConfig
     answers: AnswersConfig | None = None
     """Very short answers that the teacher replaces before the cache is built; by default the data is used as it is."""
-    students: tuple[StudentConfig, ...] = Field(min_length=1)
+    students: tuple[RunStudent, ...] = Field(min_length=1)
     """Students that train from the cache, one after the other."""
+    matrix: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """Each student is trained once per combination of these settings of `train`, as {distill.learning_rate: [1e-4,
+    3e-5], seed: [0, 1]}; `config show` spells the students out."""
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig | None = None
     """Held-out scoring at the end of a run; none by default."""
@@ -60,6 +64,29 @@ class RunConfig(StrictConfig):
     cluster: ClusterConfig = ClusterConfig()
     """Where `genrecal submit` sends the jobs of this run."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expanded(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not values.get("matrix"):
+            return values
+        matrix, students = values["matrix"], values.get("students")
+        usable = isinstance(matrix, Mapping) and all(isinstance(found, list) and found for found in matrix.values())
+        if not usable or not isinstance(students, list):
+            raise ValueError("matrix must give a list of values for each setting, and students must be a list")
+        return {**values, "students": expand_matrix(students, matrix), "matrix": {}}
+
+    @model_validator(mode="after")
+    def _valid_settings(self) -> "RunConfig":
+        for student in self.students:
+            if shared := [name for name in SHARED if name in student.train]:
+                raise ValueError(f"student {student.name}: `train.{shared[0]}` is the same for all students of a run")
+            try:
+                student.settings(self.train)
+            except ValidationError as error:
+                faults = describe_faults(error, model=TrainConfig)
+                raise ValueError(f"student {student.name} has wrong settings in `train`:\n{faults}") from error
+        return self
+
     @model_validator(mode="after")
     def _unique_students(self) -> "RunConfig":
         names = [student.name for student in self.students]
@@ -67,7 +94,7 @@ class RunConfig(StrictConfig):
             raise ValueError(f"students must have different names, found {', '.join(names)}")
         return self
 
-    def student(self, name: str | None) -> StudentConfig:
+    def student(self, name: str | None) -> RunStudent:
         """Return the student called ``name``, or the only one when it is None.
 
         Raises:

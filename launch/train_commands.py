@@ -59,7 +59,13 @@ def train_command(argv: Sequence[str]) -> int:
     stages = None if options.stage is None else (options.stage,)
     with recorded(partial(_trained, config, student, finished_before=_finished(config, student)), config=config) as run:
         run.counts = rank == 0
-        train_student(cache=config.cache, student=student, train=config.train, output_dir=output_dir, stages=stages)
+        train_student(
+            cache=config.cache,
+            student=student.alone(),
+            train=student.settings(config.train),
+            output_dir=output_dir,
+            stages=stages,
+        )
     return 0
 
 

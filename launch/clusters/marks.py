@@ -46,14 +46,15 @@ def student_complete(config: RunConfig, name: str) -> bool:
     """Tell whether a student is published and all its stages are done with the settings of the run file."""
     output_dir = Path(config.output_dir)
     student = config.student(name)
-    stages = [stage for stage in config.train.stages if stage != "align" or student.method == "genrecal"]
+    train = student.settings(config.train)
+    stages = [stage for stage in train.stages if stage != "align" or student.method == "genrecal"]
     if not (output_dir / "students" / name / "config.json").is_file():
         return False
     for stage in stages:
         asked: dict[str, Any] = {
-            **config.train.model_dump(mode="json"),
-            "student": student.model_dump(mode="json"),
-            "settings": config.train.stage(stage).model_dump(mode="json"),
+            **train.model_dump(mode="json"),
+            "student": student.alone().model_dump(mode="json"),
+            "settings": train.stage(stage).model_dump(mode="json"),
         }
         found = _stage_identity(output_dir / "training" / name / stage / STAGE_DONE)
         if found is None or not _agrees(found, asked):
