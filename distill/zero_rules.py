@@ -4,7 +4,6 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, cast
 
 from distill.config import Stage, TrainConfig
@@ -83,11 +82,13 @@ def _rules(stage: Stage, *, train: TrainConfig, dtype: str) -> Iterator[Rule]:
     config, own = train.stage(stage), stage_config(stage, train=train, dtype=dtype)
     stage_settings = f"follows from train.{stage}"
     reasons = {"bf16.enabled": "follows from the student's dtype", "zero_optimization.stage": "the backend is zero3"}
-    per_step = Fraction(config.global_batch_size, train.num_processes * config.micro_batch_size)
+    # one number for all steps, if there is one
+    per_step, rest = divmod(config.global_batch_size, train.num_processes * config.micro_batch_size)
+    is_fixed = rest == 0 and config.micro_batch_tokens is None
     yield Rule(key="train_batch_size", accepted=(config.global_batch_size,), because=stage_settings)
     yield Rule(
         key="gradient_accumulation_steps",
-        accepted=(int(per_step) if per_step.denominator == 1 else float(per_step),),
+        accepted=(per_step,) if is_fixed else (),
         because=stage_settings,
     )
     for key, value in _leaves(own):
