@@ -1,10 +1,13 @@
 """Makes each process's part of the coming steps ahead: in worker processes, or in a thread of this one."""
 
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, cast
 
@@ -161,7 +164,7 @@ class _Workers:
             prefetch_factor=1,
             pin_memory=pin_memory,
             multiprocessing_context=context,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_prepare_worker,
             generator=torch.Generator(),
         )
         self._parts: Any = iter(loader)
@@ -212,7 +215,16 @@ def _as_it_is(part: Any) -> Any:
     return part
 
 
-def _ignore_signals(_: int) -> None:
+def _prepare_worker(_: int) -> None:
     # they may come to the whole group, and the process that trains decides what they mean
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_trainer, name="end-with-trainer", daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    # torch watches the process that forked this one, and that one lives as long as this one does
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    wait([trainer.sentinel])
+    os._exit(1)

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -182,62 +183,70 @@ def take_all(data: JoinedData, *, workers: int) -> None:
             pass
 
 
-def children() -> set[int]:
-    """Worker processes: children of the process that forks them."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):
-            if "pt_data_worker" in path.read_text().splitlines()[0]:
-                found.add(int(path.parent.name))
-    return found
+def is_worker(pid: int) -> bool:
+    """Whether a process is a worker and runs."""
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        return "pt_data_worker" in status.splitlines()[0] and "State:\tZ" not in status
+    return False
+
+
+def parent_of(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(re.findall(r"^PPid:\s(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0])
+    return 0
+
+
+def own_workers() -> set[int]:
+    """Workers of this process: children of the child that forks them."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return {pid for pid in pids if is_worker(pid) and parent_of(parent_of(pid)) == os.getpid()}
 
 
 @pytest.mark.parametrize("how", ["left", "error"])
 def test_an_early_end_leaves_no_worker(cache: CacheConfig, student: Path, how: str) -> None:
-    data, before = join(cache, student), children()
+    data = join(cache, student)
     with contextlib.suppress(ZeroDivisionError), batches_of(data, workers=2) as parts:
         next(parts)
-        assert len(children() - before) == 2
+        assert len(own_workers()) == 2
         if how == "error":
             raise ZeroDivisionError
-    assert children() <= before
+    assert not own_workers()
 
 
 def test_workers_leave_signals_to_the_process_that_trains(cache: CacheConfig, student: Path) -> None:
-    data, before = join(cache, student), children()
+    data = join(cache, student)
     with batches_of(data, workers=0) as parts:
         expected = [digest(part) for part in parts]
     with batches_of(data, workers=2) as parts:
         got = [digest(next(parts))]
-        for pid in children() - before:
+        for pid in own_workers():
             os.kill(pid, signal.SIGINT)
             os.kill(pid, signal.SIGTERM)
         assert [*got, *(digest(part) for part in parts)] == expected
 
 
 def take_all_but_kill_workers(data: JoinedData) -> None:
-    before = children()
     with batches_of(data, workers=2) as parts:
         next(parts)
-        for pid in children() - before:
+        for pid in own_workers():
             os.kill(pid, signal.SIGKILL)
         for _ in parts:
             pass
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_advice(cache: CacheConfig, student: Path) -> None:
-    data, before = join(cache, student), children()
+    data = join(cache, student)
     with pytest.raises(GenrecalError, match=r"a process that loads data has died.*train\.data_workers"):
         take_all_but_kill_workers(data)
-    assert children() <= before
+    assert not own_workers()
 
 
 def hold_workers(cache: str, student: str) -> None:
     """Take one part, name the workers on standard output, and wait to be killed."""
-    before = children()
     with batches_of(join(CacheConfig.model_validate_json(cache), Path(student)), workers=2) as parts:
         next(parts)
-        print(json.dumps([*(children() - before)]), flush=True)
+        print(json.dumps([*own_workers()]), flush=True)
         time.sleep(600)
 
 
@@ -251,7 +260,7 @@ def test_workers_end_when_the_process_that_trains_is_killed(cache: CacheConfig, 
         assert len(workers) == 2
         process.kill()
     end = time.monotonic() + 60
-    while children() & set(workers):
+    while any(map(is_worker, workers)):
         assert time.monotonic() < end
         time.sleep(0.1)
 

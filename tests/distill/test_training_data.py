@@ -15,7 +15,7 @@ from distill.stage_spec import stage_spec
 from teacher_cache import open_cache
 from teacher_cache.chat import load_processor
 from teacher_cache.config import CacheConfig
-from teacher_cache.errors import CacheMismatch, ConfigError, DataError
+from teacher_cache.errors import CacheMismatch, ConfigError
 from teacher_cache.samples import SampleSet, read_samples
 from tests.distill.small_cache import build_small_cache, write_data
 
