@@ -261,7 +261,8 @@ def study(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
     values["grid"] = [{"arms": ["kd-forward"], "pairs": [internvl], "seeds": [0]}, *small["grid"]]
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(values))
-    killed = subprocess.Popen([*STUDY, str(path)], start_new_session=True, stderr=(folder / "first.txt").open("w"))
+    with (folder / "first.txt").open("w") as log:
+        killed = subprocess.Popen([*STUDY, str(path)], start_new_session=True, stderr=log)
     deadline = time.monotonic() + 600
     while not any((folder / "run").glob(f"runs/*/*/*/{RESULT}")) and time.monotonic() < deadline:
         assert killed.poll() is None, (folder / "first.txt").read_text()[-3000:]
