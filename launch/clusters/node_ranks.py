@@ -17,6 +17,7 @@ from types import FrameType
 from launch.processes import SHUTDOWN_TIMEOUT_S, trainer_environment
 
 REFUSALS = (2, 4)
+DEATHS = tuple(128 + number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS))
 POLL_S = 0.2
 GRACE_S = 5.0
 """Seconds in which other processes may give a better reason after the first has failed."""
@@ -81,9 +82,12 @@ def run_ranks(command: Sequence[str], *, place: NodePlace, log_dir: Path) -> int
 
 
 def decisive(codes: Sequence[int]) -> int:
-    """Return the exit code that says most: a refusal, then an error, then what signals did; 0 when all are 0."""
+    """Return the exit code that says most: a refusal, then a process that died; 0 when all are 0.
+
+    Where one process is killed, the others fail with an error of their own (1) or are told to end (143).
+    """
     failures = [128 - code if code < 0 else code for code in codes if code != 0]
-    for group in (REFUSALS, (3,), (1,)):
+    for group in (REFUSALS, (3,), DEATHS, (1,)):
         for code in failures:
             if code in group:
                 return code

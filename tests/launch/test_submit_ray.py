@@ -143,7 +143,17 @@ def test_what_is_tried_again(codes: list[int], expected: int, calls: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("codes", "expected"), [([0, 0], 0), ([-9, 4], 4), ([1, -15], 1), ([-9, 0], 137), ([3, 1], 3), ([1, 2], 2)]
+    ("codes", "expected"),
+    [
+        ([0, 0], 0),
+        ([-9, 4], 4),
+        ([1, -15], 1),
+        ([1, 137], 137),
+        ([1, -9, -15], 137),
+        ([-9, 0], 137),
+        ([3, 1], 3),
+        ([1, 2], 2),
+    ],
 )
 def test_the_code_that_says_most_wins(codes: list[int], expected: int) -> None:
     assert decisive(codes) == expected
