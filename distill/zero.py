@@ -125,7 +125,7 @@ class ZeroEngine:
             set_z3_leaf_module(module, True)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
         if model.spec.with_answers:
-            # the losses read the head outside of its own module; met in the middle of a traced pass, it breaks the trace
+            # read outside of its own module: met in the middle of a traced pass, it would break the trace
             for parameter in model.student.get_output_embeddings().parameters():
                 deepspeed.zero.register_external_parameter(model, parameter)
         report = self.partition_report()
