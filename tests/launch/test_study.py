@@ -308,8 +308,8 @@ def test_rows_hold_their_figures(study: Path) -> None:
     assert rows["genrecal@distill", 0]["student_flops"] < genrecal["student_flops"]
     for one in rows.values():
         assert 0 <= one["calibration_error"] <= 1
-        assert json.loads(one["versions"])["torch"] == torch.__version__
         if one["arm"] != "teacher":
+            assert json.loads(one["versions"])["torch"] == torch.__version__
             assert 0 <= one["teacher_divergence"] <= math.log(2)
             assert len(one["config_digest"]) == 64
 
