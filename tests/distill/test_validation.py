@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import ValidationConfig
+from distill.config import Method, Stage, ValidationConfig
 from distill.evaluate import EvaluationSettings, evaluate_model
 from distill.processes import Processes
 from distill.trainer import train_student
@@ -21,6 +21,7 @@ from tests.distill.small_cache import build_small_cache, write_data
 from tests.distill.small_runs import STAGE, numbers, read_metrics, student_config, train_config
 
 LAST = 4
+METHODS: dict[Method, tuple[Stage, ...]] = {"sft": ("distill",), "genrecal": ("align", "distill")}
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +111,16 @@ def test_two_zero3_processes_give_the_same_scores_and_train_as_without(
         check=False,
     )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
-    one, two = scores(whole), scores(tmp_path / "scored")
+    one, two = scores(whole), scores(tmp_path / "sft" / "scored")
     assert two[0] == one[0]
     assert list(two) == list(one)
     assert two[LAST] == pytest.approx(one[LAST], rel=1e-5)
-    plain, scored = (numbers(read_metrics(tmp_path / name, "distill")) for name in ("plain", "scored"))
-    assert plain == [record for record in scored if record["global_step"] > 0]
+    for method in METHODS:
+        folders = (tmp_path / method / name for name in ("plain", "scored"))
+        plain, scored = (numbers(read_metrics(folder, "distill")) for folder in folders)
+        assert plain == [record for record in scored if record["global_step"] > 0]
+    assert scores(tmp_path / "genrecal" / "scored")[0] == one[0]
+    assert not any(BITS_METRIC in record for record in read_metrics(tmp_path / "genrecal" / "scored", "align"))
 
 
 def test_a_resume_repeats_no_scores_and_makes_those_that_a_stop_left_out(
