@@ -10,8 +10,8 @@ from launch.demo.make_models import STUDENTS, TEACHER, TRAINED_TEACHER, copy_tra
 from launch.demo.run import QUICK, make_inputs
 from launch.demo.supervised import (
     CHECKPOINT_INTERVAL_STEPS,
-    SupervisedTrainer,
     SupervisedPlan,
+    SupervisedTrainer,
     train_supervised,
 )
 from teacher_cache.chat import load_processor
