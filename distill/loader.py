@@ -170,7 +170,16 @@ class _Workers:
         self._parts: Any = iter(loader)
 
     def __next__(self) -> RankBatch:
-        block, part = next(self._parts)
+        try:
+            block, part = next(self._parts)
+        except (EOFError, ConnectionError, RuntimeError) as error:
+            # where a worker dies while its tensors are on their way, torch does not notice the death but the silence
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+                raise
+            raise GenrecalError(
+                f"a process that loads data has died: {error!r}. It may have been short of memory, or of shared memory "
+                "(/dev/shm): lower train.data_workers; start again to go on from the last checkpoint."
+            ) from error
         if block is None:
             raise part
         return cast(RankBatch, unpack(block, part))
@@ -184,11 +193,6 @@ class _Workers:
         for process in processes:
             process.kill()
             process.join()
-        if kind is RuntimeError and str(error).startswith("DataLoader worker"):
-            raise GenrecalError(
-                f"a process that loads data has died: {error}. It may have been short of memory, or of shared memory "
-                "(/dev/shm): lower train.data_workers; start again to go on from the last checkpoint."
-            ) from error
 
 
 class _Parts(Dataset[Any]):
