@@ -1,6 +1,7 @@
 """Termination signals are noted, and acted upon between two steps."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,8 +42,14 @@ class Signals:
 
 @contextmanager
 def noted_signals() -> Iterator[Signals]:
-    """Note SIGTERM and SIGINT instead of dying; a second one of them ends the process at once, whatever it does."""
+    """Note SIGTERM and SIGINT instead of dying; a second one of them ends the process at once, whatever it does.
+
+    In another thread than the main one, as in a Ray Train worker, signals are left to whoever owns the process.
+    """
     signals = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
     previous = {number: signal.getsignal(number) for number in HANDLED}
 
     def note(number: int, _: FrameType | None) -> None:
