@@ -177,6 +177,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].startswith("--local_rank="):
+        argv = argv[1:]  # put first by DeepSpeed's launcher, which sets LOCAL_RANK too
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
