@@ -1,12 +1,14 @@
 """Where an output came from: beside each one lie the run file that made it and a record of every run that did.
 
 Of an output ``X`` these are ``X.run.yaml``, which ``genrecal run`` takes to the same result, and
-``X.provenance.json``. Both are written when a run ends, however it ends; one that is killed leaves none.
+``X.provenance.json``. Both are written when a run ends, however it ends, and before it begins
+where what it will make is known: of one that is killed the record stays at `running`.
 """
 
 import json
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,14 +36,19 @@ class Recording:
 
 
 @contextmanager
-def recorded(outputs: Callable[[], Sequence[Path]], *, config: RunConfig | None) -> Iterator[Recording]:
+def recorded(
+    outputs: Callable[[], Sequence[Path]], *, config: RunConfig | None, expected: Sequence[Path] = ()
+) -> Iterator[Recording]:
     """Record the run of the block beside its outputs.
 
     Args:
         outputs: Asked at the end: files and folders that came from this run.
         config: What the run was told; None where no run file was given.
+        expected: Files and folders that will come from this run, to be recorded before it begins.
     """
     recording, run = Recording(), _describe_run()
+    for output in expected:
+        _write(output, run=run | {"outcome": "running"}, config=config)
     ended = "done"
     try:
         yield recording
@@ -51,8 +58,12 @@ def recorded(outputs: Callable[[], Sequence[Path]], *, config: RunConfig | None)
     finally:
         if recording.counts:
             run |= {"ended": _now(), "outcome": ended}
-            for output in outputs():
+            made = outputs()
+            for output in made:
                 _write(output, run=run, config=config)
+            for output in expected:
+                if output not in made:
+                    _forget(output, run=run)
 
 
 def record_path(output: Path) -> Path:
@@ -79,6 +90,7 @@ def cache_output(config: RunConfig) -> Path:
 
 def _describe_run() -> dict[str, Any]:
     return {
+        "id": uuid.uuid4().hex,
         "started": _now(),
         "argv": [redact(word) for word in sys.argv],
         "working_directory": os.getcwd(),
@@ -94,7 +106,24 @@ def _write(output: Path, *, run: dict[str, Any], config: RunConfig | None) -> No
     if config is not None:
         header = f"What made {output.name}; `genrecal run` of this file gives the same result."
         replace_file(run_file_path(output), run_file_text(config, header=header).encode())
-    record = {"output": output.name, "runs": [*read_runs(output), run]}
+    _write_record(output, runs=[*_other_runs(output, run=run), run])
+
+
+def _forget(output: Path, *, run: dict[str, Any]) -> None:
+    """Take back what was written of a run that did not come to an output."""
+    if runs := _other_runs(output, run=run):
+        _write_record(output, runs=runs)
+    else:
+        record_path(output).unlink(missing_ok=True)
+        run_file_path(output).unlink(missing_ok=True)
+
+
+def _other_runs(output: Path, *, run: dict[str, Any]) -> list[dict[str, Any]]:
+    return [other for other in read_runs(output) if other["id"] != run["id"]]
+
+
+def _write_record(output: Path, *, runs: Sequence[dict[str, Any]]) -> None:
+    record = {"output": output.name, "runs": runs}
     replace_file(record_path(output), (json.dumps(record, indent=2) + "\n").encode())
 
 

@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.config import STAGES, StudentConfig
+from distill.config import STAGES, Stage, StudentConfig
 from launch.arguments import ArgumentParser, run_parser
 from launch.logs import setup_logging
 from launch.processes import end_with_parent, process_rank, run_trainers, under_launcher
 from launch.provenance import recorded
 from launch.results import Evaluated, collect_results, evaluated_models
 from launch.run_config import EvaluationConfig, RunConfig, parse_run
+from launch.run_students import RunStudent
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import ConfigError, DataError
 
@@ -57,7 +58,10 @@ def train_command(argv: Sequence[str]) -> int:
     from distill.trainer import train_student
 
     stages = None if options.stage is None else (options.stage,)
-    with recorded(partial(_trained, config, student, finished_before=_finished(config, student)), config=config) as run:
+    finished = _finished(config, student)
+    outputs = partial(_trained, config, student, finished_before=finished)
+    expected = _stages_left(config, student, stage=options.stage, finished=finished) if rank == 0 else []
+    with recorded(outputs, config=config, expected=expected) as run:
         run.counts = rank == 0
         train_student(
             cache=config.cache,
@@ -72,6 +76,13 @@ def train_command(argv: Sequence[str]) -> int:
 def _finished(config: RunConfig, student: StudentConfig) -> set[Path]:
     """Return the folders of the stages that are done."""
     return {done.parent for done in (Path(config.output_dir) / "training" / student.name).glob(f"*/{DONE}")}
+
+
+def _stages_left(config: RunConfig, student: RunStudent, *, stage: Stage | None, finished: set[Path]) -> list[Path]:
+    """Return the folders of the stages that a training will work on."""
+    folder = Path(config.output_dir) / "training" / student.name
+    own = [one for one in student.settings(config.train).stages if one != "align" or student.method == "genrecal"]
+    return [folder / one for one in own if stage in (None, one) and folder / one not in finished]
 
 
 def _trained(config: RunConfig, student: StudentConfig, *, finished_before: set[Path]) -> list[Path]:

@@ -61,7 +61,7 @@ def train_model(
     vision_steps: int,
     data_seed: int,
     max_digits: int | None = None,
-    half_precision: bool = True,
+    half_precision: bool | None = None,
 ) -> None:
     """Train a model of a spec and write its Hugging Face directory; a killed call goes on where it was.
 
@@ -73,13 +73,13 @@ def train_model(
         vision_steps: Steps of the vision encoder before them.
         data_seed: Seed of the split into training and test digits.
         max_digits: Learn from so many of the handwritten training digits; by default from all.
-        half_precision: As in `SupervisedPlan`.
+        half_precision: As in `SupervisedPlan`; by default where this CPU has instructions for it.
     """
     if path.exists():
         return
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from launch.demo.supervised import SupervisedPlan, train_supervised
+    from launch.demo.supervised import SupervisedPlan, has_bfloat16_instructions, train_supervised
 
     working = path.with_name(f".{path.name}.partial")
     if not (working / "config.json").exists():
@@ -93,6 +93,8 @@ def train_model(
     images, _ = split_digits(seed=data_seed)
     if max_digits is not None:
         images = replace(images, pixels=images.pixels[:max_digits], labels=images.labels[:max_digits])
+    if half_precision is None:
+        half_precision = has_bfloat16_instructions()
     plan = SupervisedPlan(steps=steps, vision_steps=vision_steps, seed=data_seed, half_precision=half_precision)
     checkpoint = working / "training.safetensors"
     train_supervised(model, processor=processor, images=images, plan=plan, checkpoint=checkpoint, name=name)

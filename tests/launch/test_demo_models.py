@@ -60,7 +60,7 @@ def test_supervised_training_lowers_the_loss(student: str, tmp_path: Path) -> No
         model,
         processor=load_processor(str(tmp_path / student)),
         images=split_digits(seed=1)[0],
-        plan=SupervisedPlan(steps=24, vision_steps=8, batch_size=16, warmup_steps=4, seed=5),
+        plan=SupervisedPlan(steps=24, vision_steps=8, batch_size=16, warmup_steps=4, seed=5, half_precision=False),
         checkpoint=tmp_path / "checkpoint.safetensors",
         name=student,
     )
@@ -75,7 +75,7 @@ def test_a_run_continued_from_its_checkpoint_gives_the_same_weights(
     train_model(STUDENTS["llava"], tmp_path / "base", name="base", steps=1, vision_steps=0, data_seed=1)
     processor = load_processor(str(tmp_path / "base"))
     images, _ = split_digits(seed=1)
-    plan = SupervisedPlan(steps=16, vision_steps=2, batch_size=4, seed=5)
+    plan = SupervisedPlan(steps=16, vision_steps=2, batch_size=4, seed=5, half_precision=True)
 
     def run(checkpoint: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=torch.float32)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -461,7 +462,7 @@ def test_a_watched_report_reloads_itself_and_ends_with_the_run(
                 (folder / "metrics.jsonl").touch()
                 (folder / "DONE.json").write_text("{}")
 
-    monkeypatch.setattr("time.sleep", finish)
+    monkeypatch.setattr("launch.report.time", SimpleNamespace(sleep=finish))
     assert report_command([str(tmp_path), "--watch", "30"]) == 0
     (live,) = pages
     assert '<meta http-equiv="refresh" content="30">' in live
@@ -475,6 +476,6 @@ def test_a_watched_report_ends_on_ctrl_c_with_a_page_that_stays(
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("time.sleep", interrupt)
+    monkeypatch.setattr("launch.report.time", SimpleNamespace(sleep=interrupt))
     assert report_command([str(tmp_path), "--watch", "5"]) == 0
     assert "refresh" not in (tmp_path / "report.html").read_text(encoding="utf-8")
