@@ -46,15 +46,16 @@ def launched_processes(*, backend: Backend, num_processes: int) -> Iterator[Proc
     if backend == "torch" and world_size > 1:
         raise ConfigError(f"backend torch trains in one process, but {world_size} were launched: use backend zero3")
     device = _own_device(int(environment["LOCAL_RANK"]))
-    initialised = backend == "zero3" and _init_distributed(environment, device=device)
-    try:
-        yield Processes(rank=int(environment["RANK"]), world_size=world_size, device=device)
-    finally:
-        if initialised:
-            import deepspeed
+    with _launch_variables(environment):
+        initialised = backend == "zero3" and _init_distributed(environment, device=device)
+        try:
+            yield Processes(rank=int(environment["RANK"]), world_size=world_size, device=device)
+        finally:
+            if initialised:
+                import deepspeed
 
-            deepspeed.comm.destroy_process_group()
-            deepspeed.comm.comm.cdb = None
+                deepspeed.comm.destroy_process_group()
+                deepspeed.comm.comm.cdb = None
 
 
 def check_before_start(train: TrainConfig, *, stages: Sequence[Stage], dtype: str) -> None:
@@ -220,6 +221,21 @@ def leaf_modules(model: StageModel, *, max_parameters: int) -> list[nn.Module]:
     return list(search(model.student.base_model))
 
 
+@contextlib.contextmanager
+def _launch_variables(environment: Mapping[str, str]) -> Iterator[None]:
+    """Set the launch variables, which DeepSpeed reads, for the block: what starts after it is of no launch."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def _own_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -241,7 +257,6 @@ def _init_distributed(environment: Mapping[str, str], *, device: torch.device) -
     if torch.distributed.is_initialized():
         deepspeed.init_distributed(verbose=False)
         return False
-    os.environ.update(environment)
     join_process_group(
         environment,
         backend=deepspeed.get_accelerator().communication_backend_name(),

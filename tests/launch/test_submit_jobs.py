@@ -33,7 +33,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 def finish(config: RunConfig, name: str, **changes: Any) -> None:
     """Leave what a finished training leaves."""
-    student = config.student(name)
+    student = config.student(name).alone()
     for stage in config.train.stages:
         identity = run_identity(
             student, config.train, stage=stage, cache="fingerprint", samples="", initial_weights="", student_files=""
