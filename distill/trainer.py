@@ -9,11 +9,12 @@ from pathlib import Path
 from distill.checkpoint import require_same_run, write_durably
 from distill.config import STAGES, Stage, StudentConfig, TrainConfig
 from distill.encoder import SampleReader, StudentEncoder
+from distill.engine import Engine
 from distill.export import export_adapters, export_recalibrator, export_student
 from distill.live import TargetSource
 from distill.loop import run_steps
 from distill.signals import noted_signals
-from distill.stage_setup import DONE, Job, build_model, own_stages, read_done, set_up_stage
+from distill.stage_setup import DONE, Job, StageRun, build_model, own_stages, read_done, set_up_stage
 from distill.step import Loop
 from distill.student import resolve_model
 from distill.watchdog import Watchdog
@@ -138,18 +139,7 @@ def _run_stage(job: Job, stage: Stage) -> bool:
                 ),
             )
         )
-        export_student(
-            engine, run.directory / "export", source=job.base, dtype=job.student.dtype, processes=job.processes
-        )
-        export_recalibrator(engine, run.directory / "recalibrator.safetensors", processes=job.processes)
-        if job.student.lora is not None:
-            export_adapters(
-                engine,
-                run.directory / "adapter",
-                config=job.student.lora,
-                base=job.student.model,
-                processes=job.processes,
-            )
+        _export(job, run, engine)
         report = engine.partition_report()
     finally:
         engine.close()
@@ -163,6 +153,20 @@ def _run_stage(job: Job, stage: Stage) -> bool:
         write_durably(run.directory / DONE, encode_document(body))
     job.processes.barrier()
     return True
+
+
+def _export(job: Job, run: StageRun, engine: Engine) -> None:
+    """Write what the next stage, and users, start from; every process calls this."""
+    export_student(engine, run.directory / "export", source=job.base, dtype=job.student.dtype, processes=job.processes)
+    export_recalibrator(engine, run.directory / "recalibrator.safetensors", processes=job.processes)
+    if job.student.lora is not None:
+        export_adapters(
+            engine,
+            run.directory / "adapter",
+            config=job.student.lora,
+            base=job.student.model,
+            processes=job.processes,
+        )
 
 
 def _stop_if_asked(job: Job, label: str) -> None:

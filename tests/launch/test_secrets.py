@@ -56,7 +56,7 @@ def test_secrets_are_hidden_in_any_text(text: str) -> None:
     "text",
     [
         "s3://bucket/prefix/cache",
-        "file:///work/runs/mine",
+        "file:///shared/runs/mine",
         "1,272 tokens in 5.7 s (223 tokens/s)",
         "max_new_tokens=256, tokenizer=/models/x",
         "error [cache-mismatch]: teacher.revision 1f2e3d4c5b6a79881f2e3d4c5b6a79881f2e3d4c differs",

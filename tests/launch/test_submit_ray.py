@@ -25,11 +25,11 @@ from tests.launch.test_submit_slurm import VALUES
 
 
 def run_config(**ray: object) -> RunConfig:
-    return RunConfig.model_validate(VALUES | {"output_dir": "/work/run", "cluster": {"ray": ray}})
+    return RunConfig.model_validate(VALUES | {"output_dir": "/shared/run", "cluster": {"ray": ray}})
 
 
 def test_submissions_are_those_that_were_reviewed() -> None:
-    config = run_config(working_dir="/work", python="/opt/venv/bin/python", environment_file="/etc/genrecal.env")
+    config = run_config(working_dir="/shared", python="/opt/venv/bin/python", environment_file="/etc/genrecal.env")
     compare("ray/jobs.yaml", describe_ray(config))
 
 

@@ -33,11 +33,11 @@ from tests.launch.hostile import HOSTILE
 
 ROOT = Path(__file__).parents[2]
 PLACES = Places(
-    run_file=Path("/work/run/submit/run-files/run.yaml"),
-    output_dir=Path("/work/run"),
-    state_dir=Path("/work/run/submit/slurm/jobs"),
-    working_dir=Path("/work"),
-    bin_dir=Path("/work/.venv/bin"),
+    run_file=Path("/shared/run/submit/run-files/run.yaml"),
+    output_dir=Path("/shared/run"),
+    state_dir=Path("/shared/run/submit/slurm/jobs"),
+    working_dir=Path("/shared"),
+    bin_dir=Path("/shared/.venv/bin"),
 )
 VALUES = {
     "output_dir": "run",
@@ -55,7 +55,7 @@ VALUES = {
         "slurm": {
             "cache": {"partition": "gpu", "account": "vision", "time": "1-00:00:00", "sbatch": {"exclusive": ""}},
             "train": {"partition": "gpu", "qos": "high", "time": "12:00:00", "sbatch": {"comment": "a long one"}},
-            "setup": ["module load cuda/12.9", "source /work/.venv/bin/activate"],
+            "setup": ["module load cuda/12.9", "source /shared/.venv/bin/activate"],
             "environment": ["HF_HOME", "HF_TOKEN"],
         }
     },
@@ -146,7 +146,7 @@ def test_scripts_with_hostile_paths_are_whole(value: str) -> None:
     """Everything outside of the lines that set variables is the same text, whatever the paths are."""
     config = run_config()
     cache, students, report = jobs_of(config)
-    folder = Path("/work") / f"x{value}x"
+    folder = Path("/shared") / f"x{value}x"
     places = Places(
         run_file=folder / "run.yaml", output_dir=folder, state_dir=folder, working_dir=folder, bin_dir=folder
     )
