@@ -149,15 +149,12 @@ def test_steps_of_unequal_micro_batches_equal_one_torch_process(
     assert found.norms == pytest.approx(expected.norms, rel=1e-5)
     assert found.parameters.keys() == expected.parameters.keys()
     for parameter_name, parameter in expected.parameters.items():
-        if parameter_name.endswith("k_proj.bias"):  # its gradient is 0 but for rounding, which Adam divides by itself
-            continue
-        torch.testing.assert_close(
-            found.parameters[parameter_name],
-            parameter,
-            rtol=1e-4,
-            atol=5e-6,
-            msg=lambda text, where=parameter_name: f"{where}: {text}",
-        )
+        if parameter_name in expected.frozen or parameter_name.endswith("k_proj.bias"):
+            continue  # a key bias has no gradient but rounding, which Adam divides by itself
+        moved = torch.linalg.vector_norm(parameter - expected.initial[parameter_name])
+        apart = torch.linalg.vector_norm(parameter - found.parameters[parameter_name])
+        # Norms, since Adam makes a whole step of one element's gradient that is all but 0, in whatever direction.
+        assert apart <= 1e-3 * moved, parameter_name
 
 
 @pytest.mark.parametrize("name", ENGINE_RUNS)
