@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.run_config import RunConfig
+from teacher_cache.build import ray_session
 from teacher_cache.errors import GenrecalError
 
 
@@ -24,36 +25,39 @@ def train_with_ray(
         max_failures: How often all workers are started again after one is lost or failed.
 
     Raises:
+        ConfigError: The Ray cluster asks for no token, or others may read it.
         GenrecalError: Training failed more often than that.
     """
-    import ray
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    chosen = config.student(student).name
-    if not ray.is_initialized():
-        ray.init()
-    on_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    trainer = TorchTrainer(
-        _train,
-        train_loop_config={"config": config.model_dump(mode="json"), "student": chosen},
-        torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.train.num_processes,
-            use_gpu=on_gpus,
-            resources_per_worker={"CPU": cpus_per_worker} | ({"GPU": 1} if on_gpus else {}),
-        ),
-        run_config=RayRunConfig(
-            name=f"genrecal-{chosen}",
-            storage_path=str((Path(config.output_dir) / "ray-train").resolve()),
-            failure_config=FailureConfig(max_failures=max_failures),
-        ),
+    chosen, workers = config.student(student).name, config.train.num_processes
+    session = ray_session(
+        num_cpus=workers * cpus_per_worker, insecure=config.cache.build.insecure_ray, log_to_driver=True
     )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise GenrecalError(f"training {chosen} in Ray Train failed: {error}") from error
+    with session as ray:
+        # Ray takes its authentication mode when it is imported, so not before the session
+        from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
+        from ray.train import RunConfig as RayRunConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        on_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        trainer = TorchTrainer(
+            _train,
+            train_loop_config={"config": config.model_dump(mode="json"), "student": chosen},
+            torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=on_gpus,
+                resources_per_worker={"CPU": cpus_per_worker} | ({"GPU": 1} if on_gpus else {}),
+            ),
+            run_config=RayRunConfig(
+                name=f"genrecal-{chosen}",
+                storage_path=str((Path(config.output_dir) / "ray-train").resolve()),
+                failure_config=FailureConfig(max_failures=max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise GenrecalError(f"training {chosen} in Ray Train failed: {error}") from error
 
 
 def _train(settings: dict[str, Any]) -> None:

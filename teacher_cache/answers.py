@@ -53,7 +53,9 @@ def write_answers(cache: CacheConfig, *, answers: AnswersConfig, log_dir: Path) 
         with job.file.claimed():
             missing = job.file.missing_parts()
             if missing:
-                with stop_on_signals() as stop, ray_session(cache.build) as ray:
+                build = cache.build
+                session = ray_session(num_cpus=build.num_replicas * build.cpus_per_replica, insecure=build.insecure_ray)
+                with stop_on_signals() as stop, session as ray:
                     stop.install()
                     tokens = write_parts(
                         job,

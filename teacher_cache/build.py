@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 from teacher_cache.build_job import BuildJob, BuildSummary, stop_on_signals
 from teacher_cache.build_metrics import BuildMetrics
@@ -22,13 +22,16 @@ from teacher_cache.build_placement import ReplicaPlacement
 from teacher_cache.build_plan import open_builder
 from teacher_cache.build_pool import build_shards
 from teacher_cache.claims import Claims
-from teacher_cache.config import BuildConfig, CacheConfig
+from teacher_cache.config import CacheConfig
+from teacher_cache.ray_guard import cluster_exposure, require_private, token_exposure
 from teacher_cache.reader import open_cache
 from teacher_cache.sample_file import SampleFile, scan_samples
 from teacher_cache.spot_check_job import compute_references
 from teacher_cache.storage import log_folder
 
 logger = logging.getLogger(__name__)
+
+_ALLOWANCE: Final = "`cache.build.insecure_ray`"
 
 
 def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSummary:
@@ -67,7 +70,8 @@ def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSum
 def _build_missing(job: BuildJob) -> None:
     build = job.config.build
     claims = Claims(job.writer.store, lease_s=build.lease_s)
-    with stop_on_signals() as stop, ray_session(build) as ray, claims:
+    cpus = build.num_replicas * build.cpus_per_replica
+    with stop_on_signals() as stop, ray_session(num_cpus=cpus, insecure=build.insecure_ray) as ray, claims:
         stop.install()
         placement = ReplicaPlacement(ray, job.config)
         missing = job.missing_shards()
@@ -88,10 +92,12 @@ def _build_missing(job: BuildJob) -> None:
 def import_ray() -> ModuleType:
     """Import Ray; a cluster of our own, which listens on all interfaces, is guarded by a random token.
 
-    Ray takes its authentication mode from the environment when it is imported: who imports it first decides.
+    Ray takes its authentication mode from the environment when it is imported: who imports it first decides. One that
+    was not told any takes to tokens when it starts a cluster.
     """
-    if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)} | os.environ
+    if "RAY_ADDRESS" not in os.environ:
+        token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ |= (token if "ray" in sys.modules else {"RAY_AUTH_MODE": "token", **token}) | os.environ
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"} | os.environ
     import ray
 
@@ -99,18 +105,37 @@ def import_ray() -> ModuleType:
 
 
 @contextmanager
-def ray_session(build: BuildConfig) -> Iterator[ModuleType]:
-    """Use the Ray that this process is connected to, the cluster at RAY_ADDRESS, or a local one of our own."""
+def ray_session(*, num_cpus: float, insecure: bool, log_to_driver: bool = False) -> Iterator[ModuleType]:
+    """Use the Ray that this process is connected to, the cluster at RAY_ADDRESS, or a local one of our own.
+
+    Args:
+        num_cpus: CPUs that a local one offers at least.
+        insecure: Whether a cluster will do that asks for no token.
+        log_to_driver: Whether this process prints what the workers print.
+
+    Raises:
+        ConfigError: The cluster asks for no token, or others may read it.
+    """
     ray = import_ray()
     if ray.is_initialized():
+        _check_cluster(ray, insecure=insecure)
         yield ray
         return
     options: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS", "local")}
     if options["address"] == "local":
-        needed = math.ceil(build.num_replicas * build.cpus_per_replica)
-        options |= {"include_dashboard": False, "num_cpus": max(needed, os.cpu_count() or 1)}
-    ray.init(**options, log_to_driver=False, logging_level=logging.WARNING)
+        options |= {"include_dashboard": False, "num_cpus": max(math.ceil(num_cpus), os.cpu_count() or 1)}
+    if not insecure:
+        require_private(token_exposure(os.environ), allowance=_ALLOWANCE)
+    ray.init(**options, log_to_driver=log_to_driver, logging_level=logging.WARNING)
     try:
+        _check_cluster(ray, insecure=insecure)
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_cluster(ray: ModuleType, *, insecure: bool) -> None:
+    """Refuse a connected cluster that is not private, before it gets any work."""
+    if not insecure:
+        require_private(token_exposure(os.environ), allowance=_ALLOWANCE)
+        require_private(cluster_exposure(ray.get_runtime_context().gcs_address), allowance=_ALLOWANCE)

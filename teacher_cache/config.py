@@ -102,6 +102,8 @@ class BuildConfig(StrictConfig):
     """Seconds without a finished sample after which a replica counts as hung and is replaced."""
     lease_s: float = Field(default=300.0, gt=0)
     """Seconds without a sign of life after which another builder may take over a claimed shard."""
+    insecure_ray: bool = False
+    """Use a Ray cluster even if it asks for no token, so that whoever reaches it can run commands there."""
 
 
 class CacheConfig(StrictConfig):

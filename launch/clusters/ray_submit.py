@@ -5,8 +5,6 @@ Ids follow from what a job makes, so a job that runs is never started twice.
 
 import os
 import shlex
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,9 @@ from launch.clusters.journal import Submission, append
 from launch.clusters.submission import Outcome, frozen_run_file, now, submit_folder
 from launch.run_config import RunConfig
 from teacher_cache.errors import ConfigError, GenrecalError
+from teacher_cache.ray_guard import cluster_exposure, require_private
 
 ACTIVE = ("PENDING", "RUNNING")
-PROBE_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ def describe_ray(config: RunConfig) -> str:
     return done + yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, width=2**31)
 
 
-def submit_ray(config: RunConfig, *, insecure: bool) -> list[Outcome]:
+def submit_ray(config: RunConfig) -> list[Outcome]:
     """Submit what is neither complete nor under way; what failed before is forgotten by Ray first.
 
     Raises:
@@ -86,7 +84,7 @@ def submit_ray(config: RunConfig, *, insecure: bool) -> list[Outcome]:
     if not planned:
         return outcomes
     address = dashboard_address(config.cluster.ray.address)
-    client = connect(address, insecure=insecure)
+    client = connect(address, insecure=config.cache.build.insecure_ray)
     known = {job.submission_id: job.status.value for job in client.list_jobs()}
     for job, ray in planned:
         if known.get(ray.submission_id) in ACTIVE:
@@ -128,14 +126,14 @@ def connect(address: str, *, insecure: bool) -> Any:
         ConfigError: It answers without one, and ``insecure`` does not allow that; or the token is not accepted.
         GenrecalError: It does not answer.
     """
-    status = _status_without_token(address)
-    if status == 200 and not insecure:
-        raise ConfigError(
-            f"the Ray cluster at {address} answers without a token, so whoever reaches it can run commands there: "
-            "start it with RAY_AUTH_MODE=token, or allow it with --insecure"
-        )
+    try:
+        exposure = cluster_exposure(address)
+    except OSError as error:
+        raise GenrecalError(f"no Ray dashboard at {address}: is the cluster running, and the address right?") from error
+    if not insecure:
+        require_private(exposure, allowance="--insecure")
     # Ray reads its mode when it is imported
-    os.environ["RAY_AUTH_MODE"] = "disabled" if status == 200 else "token"
+    os.environ["RAY_AUTH_MODE"] = "token" if exposure is None else "disabled"
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -147,16 +145,6 @@ def connect(address: str, *, insecure: bool) -> Any:
             f"the cluster's, readable by you alone ({type(error).__name__})"
         ) from error
     except ConnectionError as error:
-        raise GenrecalError(f"no Ray dashboard at {address}: is the cluster running, and the address right?") from error
-
-
-def _status_without_token(address: str) -> int:
-    try:
-        with urllib.request.urlopen(f"{address}/api/jobs/", timeout=PROBE_TIMEOUT_S) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError as error:
         raise GenrecalError(f"no Ray dashboard at {address}: is the cluster running, and the address right?") from error
 
 

@@ -39,6 +39,8 @@ def ray_parser() -> ArgumentParser:
 def ray_command(argv: Sequence[str]) -> int:
     """Submit the cache job, a training job per student and the report; each waits for those before it."""
     options, overrides = ray_parser().parse_known_args(argv)
+    if options.insecure:
+        overrides = [*overrides, "--cache.build.insecure-ray"]
     config = load_run_config(options.config, overrides)
     from launch.clusters.ray_submit import describe_ray, submit_ray
 
@@ -46,7 +48,7 @@ def ray_command(argv: Sequence[str]) -> int:
         print(describe_ray(config), end="")
         return 0
     write_frozen_run_file(config)
-    return _print_outcomes(submit_ray(config, insecure=options.insecure), as_json=options.json)
+    return _print_outcomes(submit_ray(config), as_json=options.json)
 
 
 def kuberay_parser() -> ArgumentParser:

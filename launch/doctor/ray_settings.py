@@ -1,19 +1,16 @@
 """Whether Ray is safe to use from here: the token that guards it, and the cluster to reach. Imports no Ray."""
 
 import socket
-import stat
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from launch.doctor.findings import Finding, ok, problem, warning
+from teacher_cache.errors import GenrecalError
+from teacher_cache.ray_guard import REFUSALS, cluster_exposure, dashboard_status, token_exposure, token_path
 
 ANSWER_TIMEOUT_S = 3.0
 GCS_PORT = 6379
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-JOBS_PATH = "/api/jobs/"
 
 
 def check_ray(environment: Mapping[str, str], *, dashboard: str | None = None) -> Iterator[Finding]:
@@ -27,36 +24,31 @@ def check_ray(environment: Mapping[str, str], *, dashboard: str | None = None) -
     dashboard = dashboard or environment.get("RAY_API_SERVER_ADDRESS")
     yield check_authentication(environment, uses_cluster=bool(address or dashboard))
     if address and address not in ("local", "auto"):
-        yield check_reachable("Ray cluster", address)
+        yield check_cluster(address)
     if dashboard:
         yield check_dashboard(dashboard)
 
 
 def check_authentication(environment: Mapping[str, str], *, uses_cluster: bool) -> Finding:
     """Return whether a token guards the cluster, and whether others may read it."""
-    mode = environment.get("RAY_AUTH_MODE")
-    if not uses_cluster and mode is None:
+    if not uses_cluster and environment.get("RAY_AUTH_MODE") is None:
         return ok("Ray authentication", "no cluster is named: a build starts its own, with a token of its own")
-    if mode != "token":
-        return problem(
-            "Ray authentication",
-            f"RAY_AUTH_MODE is {mode or 'not set'}: whoever reaches the cluster runs code as you",
-            remedy="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on all nodes and here",
-        )
-    if environment.get("RAY_AUTH_TOKEN"):
-        return ok("Ray authentication", "token, from the environment")
-    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if (exposure := token_exposure(environment)) is not None:
+        return problem("Ray authentication", exposure.found, remedy=exposure.remedy)
+    place = "the environment" if environment.get("RAY_AUTH_TOKEN") else token_path(environment)
+    return ok("Ray authentication", f"token, from {place}")
+
+
+def check_cluster(address: str) -> Finding:
+    """Return whether a cluster's control store answers at HOST:PORT, and refuses who has no token."""
+    reached = check_reachable("Ray cluster", address)
+    if reached.status != "ok" or "://" in address:
+        return reached
     try:
-        mode_bits = path.stat().st_mode
-    except OSError as error:
-        return problem(
-            "Ray authentication",
-            f"no token in {path}: {error.strerror}",
-            remedy="copy the cluster's token file there, mode 600",
-        )
-    if mode_bits & (stat.S_IRWXG | stat.S_IRWXO):
-        return problem("Ray authentication", f"others may use the token in {path}", remedy=f"run chmod 600 {path}")
-    return ok("Ray authentication", f"token, from {path}")
+        exposure = cluster_exposure(address if ":" in address else f"{address}:{GCS_PORT}")
+    except GenrecalError as error:
+        return problem("Ray cluster", str(error), remedy="look at the cluster's logs")
+    return reached if exposure is None else problem("Ray cluster", exposure.found, remedy=exposure.remedy)
 
 
 def check_reachable(check: str, address: str) -> Finding:
@@ -87,28 +79,19 @@ def check_dashboard(address: str) -> Finding:
     if reached.status != "ok":
         return reached
     try:
-        with _open_directly(f"{place}{JOBS_PATH}"):
-            return problem(
-                "Ray dashboard",
-                f"{place} lists jobs to whoever asks",
-                remedy="start the cluster with RAY_AUTH_MODE=token",
-            )
-    except urllib.error.HTTPError as error:
-        if error.code not in (401, 403):
-            return warning(
-                "Ray dashboard", f"{place} answers {error.code}", remedy="check that this is a Ray dashboard"
-            )
+        status = dashboard_status(place)
     except OSError as error:
         return problem(
             "Ray dashboard", f"{place} gives no answer: {type(error).__name__}", remedy="look at the cluster's logs"
         )
+    if status == 200:
+        return problem(
+            "Ray dashboard", f"{place} lists jobs to whoever asks", remedy="start the cluster with RAY_AUTH_MODE=token"
+        )
+    if status not in REFUSALS:
+        return warning("Ray dashboard", f"{place} answers {status}", remedy="check that this is a Ray dashboard")
     if parts.scheme == "http" and parts.hostname not in LOOPBACK:
         return warning(
             "Ray dashboard", f"{place} asks for a token, but sends it in clear text", remedy="use a tunnel or https"
         )
     return ok("Ray dashboard", f"{place} asks for a token")
-
-
-def _open_directly(url: str) -> "urllib.request.addinfourl":
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    return opener.open(url, timeout=ANSWER_TIMEOUT_S)

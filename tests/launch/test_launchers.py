@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -65,8 +66,8 @@ def train(values: dict[str, Any], folder: Path, *command: str) -> str:
     run_file = folder / "run.yaml"
     run_file.write_text(yaml.safe_dump(values | {"output_dir": str(folder)}))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "RAY_AUTH_MODE": "disabled"}
-    environment |= {"DS_ACCELERATOR": "cpu"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "RAY_AUTH_MODE": "token"}
+    environment |= {"RAY_AUTH_TOKEN": secrets.token_hex(32), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([*command, str(run_file)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert (folder / "students" / "small" / "config.json").exists()
