@@ -1,6 +1,7 @@
 # make demo    the whole job on this machine's CPU: teacher, cache, students, report (QUICK=1: a few minutes)
 # make test    the test suite, with the demo in its short form
-# make test-nightly  the long forms of the reliability tests
+# make test-slow     what takes longer: clusters, kills by the dozen, benchmarks; the other half of what CI runs
+# make test-nightly  the longest forms of the reliability tests
 # make check   format, lint, types, import contract
 VENV := .venv
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 RUN := runs/demo$(if $(QUICK),-quick)
 export PYTHON
 
-.PHONY: demo test test-nightly check install clean
+.PHONY: demo test test-slow test-nightly check install clean
 .DEFAULT_GOAL := demo
 
 install:
@@ -21,6 +22,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q -n 2
+
+test-slow: install
+	$(BIN)/python -m pytest -q -n 2 -m 'slow and not nightly'
 
 test-nightly: install
 	$(BIN)/python -m pytest -q -m nightly

@@ -24,12 +24,32 @@ from xdist.scheduler import LoadFileScheduling
 from launch.demo.digits import generate_digit_vqa
 from launch.demo.models import ModelSpec, create_model_directory
 
+DEMO = ("tests/launch/test_demo.py", "tests/launch/test_provenance.py", "tests/launch/test_readme.py")
+"""The files whose tests look at the one run of the demo."""
+LONGEST_FIRST = (
+    *DEMO,
+    "tests/launch/test_study.py",
+    "tests/teacher_cache/test_build.py",
+    "tests/teacher_cache/test_build_chaos.py",
+    "tests/launch/test_submit_slurm_cluster.py",
+    "tests/launch/test_submit_ray_cluster.py",
+    "tests/launch/test_launchers.py",
+    "tests/reliability/test_mutants.py",
+    "tests/reliability/test_training_kill.py",
+    "tests/distill/test_zero.py",
+    "tests/test_train_benchmarks.py",
+    "tests/distill/test_reshard.py",
+    "tests/teacher_cache/test_build_pool.py",
+)
+"""The files that take minutes, so that none of them begins when the other processes are about to end."""
+
 
 class _FilesAndTheDemo(LoadFileScheduling):
-    """Keeps the tests of a file in one process, and those of tests/launch, which share one run of the demo."""
+    """Keeps the tests of a file in one process, and those that share the one run of the demo."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return LAUNCH if nodeid.startswith(LAUNCH) else super()._split_scope(nodeid)
+        scope: str = super()._split_scope(nodeid)
+        return "the demo" if scope in DEMO else scope
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -39,10 +59,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes the longest."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LAUNCH))
+    place = {path: number for number, path in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+    for item in items:
+        if "demo" in getattr(item, "fixturenames", ()) and item.nodeid.partition("::")[0] not in DEMO:
+            raise pytest.UsageError(f"{item.nodeid} uses the fixture demo: add its file to DEMO, lest it runs twice")
 
 
-LAUNCH = "tests/launch/"
 CORPUS = (
     "Which digit is in the top left corner? Answer with one word.",
     "How many digits are greater than four? Answer in a sentence.",

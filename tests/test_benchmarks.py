@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 SECTIONS = {"write", "read", "peers", "object store", "open", "verify", "size"}
 
 
@@ -18,7 +19,7 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = folder / "figures.json"
     options = ["--quick", "--json", "--details", str(output), "--folder", str(folder)]
     command = [sys.executable, "benchmarks/cache.py", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in folder.iterdir()] == ["figures.json"], "scratch files stay"
     document: dict[str, Any] = json.loads(output.read_text())

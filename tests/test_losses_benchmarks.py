@@ -30,6 +30,7 @@ def run(folder: Path, *command: str) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.slow
 def test_losses(tmp_path: Path) -> None:
     figures = run(tmp_path, "benchmarks/losses.py")["figures"]
     assert {one["section"] for one in figures} == {"exactness", "memory", "speed"}

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -269,20 +270,24 @@ def test_the_wait_is_the_time_that_the_caller_stood_still(
     cache: CacheConfig, student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = join(cache, student)
-    made = JoinedData.rank_batch
+    make, made = JoinedData.rank_batch, threading.Semaphore(0)
 
     def slow(self: JoinedData, *args: Any, **kwargs: Any) -> RankBatch:
-        time.sleep(0.2)
-        return made(self, *args, **kwargs)
+        time.sleep(1.0)
+        part = make(self, *args, **kwargs)
+        made.release()
+        return part
 
     monkeypatch.setattr(JoinedData, "rank_batch", slow)
     with batches_of(data, workers=0) as parts:
         next(parts)
         first = parts.waited_s
-        assert first >= 0.15
-        time.sleep(1.0)  # the caller computes, and the next part is made meanwhile
+        assert first >= 0.9
+        # the caller computes until the next part is made
+        assert made.acquire(timeout=60)
+        assert made.acquire(timeout=60)
         next(parts)
-        assert parts.waited_s - first < 0.1
+        assert parts.waited_s - first < 0.5
 
 
 def test_fillers_make_up_the_number_and_weigh_nothing(cache: CacheConfig, student: Path) -> None:

@@ -64,7 +64,7 @@ def waiting_for_data() -> Iterator[None]:
         taken[0] += 1
         if taken[0] == 4:
             signal.setitimer(signal.ITIMER_REAL, 0.2)
-            time.sleep(60)
+            time.sleep(600)
         return take(batches)
 
     previous = signal.signal(signal.SIGALRM, lambda *_: terminate())
@@ -96,7 +96,7 @@ def test_a_signal_ends_the_run_and_loses_nothing(
     with pytest.raises(SystemExit) as stopped, during():
         continue_align(cache, tiny_llava, tmp_path, **SETTINGS)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 50
+    assert time.monotonic() - began < 300
     tags = sorted((tmp_path / "training/tiny/align/checkpoints").glob("step-*"))
     assert [tag.name for tag in tags[-1:]] == ([f"step-{steps_done:08d}"] if steps_done else [])
     continue_align(cache, tiny_llava, tmp_path, **SETTINGS)
@@ -117,7 +117,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         cwd=Path(__file__).parents[2],
         check=False,
     )

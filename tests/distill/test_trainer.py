@@ -183,7 +183,7 @@ def interrupt_after(path: Path, *, lines: int) -> None:
 
 
 def test_resume_after_sigterm_is_bit_identical(cache: CacheConfig, tiny_internvl: Path, tmp_path: Path) -> None:
-    student, train = student_config(tiny_internvl), train_config(align=STAGE | {"max_steps": 80, "learning_rate": 1e-2})
+    student, train = student_config(tiny_internvl), train_config(align=STAGE | {"max_steps": 40, "learning_rate": 1e-2})
     whole, halted = tmp_path / "whole", tmp_path / "halted"
     train_student(cache=cache, student=student, train=train, output_dir=whole, stages=["align"])
     interrupt_after(halted / "training/tiny/align/metrics.jsonl", lines=3)
@@ -193,7 +193,7 @@ def test_resume_after_sigterm_is_bit_identical(cache: CacheConfig, tiny_internvl
     assert stopped.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
     done_before = len(read_metrics(halted, "align"))
-    assert 3 <= done_before < 12
+    assert 3 <= done_before < 40
     train_student(cache=cache, student=student, train=train, output_dir=halted, stages=["align"])
     assert numbers(read_metrics(halted, "align")) == numbers(read_metrics(whole, "align"))
     name = "training/tiny/align/recalibrator.safetensors"

@@ -22,7 +22,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -90,7 +90,7 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in daemons:
-            daemon.wait(timeout=30)
+            daemon.wait(timeout=120)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -113,7 +113,7 @@ def _queue(environment: dict[str, str]) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
 
 
-def _wait(condition: Callable[[], bool], *, what: str, folder: Path, limit_s: float = 60) -> None:
+def _wait(condition: Callable[[], bool], *, what: str, folder: Path, limit_s: float = 180) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > end:

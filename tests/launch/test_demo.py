@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -61,11 +60,9 @@ def test_students_are_plain_model_directories_that_answer(demo: Path, student: s
 def test_a_second_run_rebuilds_nothing(demo: Path) -> None:
     watched = [*demo.glob("students/*/model.safetensors"), *demo.glob("evaluation/*.json"), demo / "report.html"]
     before = {path: path.stat().st_mtime_ns for path in watched}
-    start = time.monotonic()
     again = subprocess.run([*DEMO_COMMAND, str(demo)], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr[-3000:]
     assert before == {path: path.stat().st_mtime_ns for path in watched}
-    assert time.monotonic() - start < 60
     assert again.stdout == (demo / "stdout.txt").read_text()
 
 

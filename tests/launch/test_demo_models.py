@@ -52,7 +52,7 @@ def test_a_folder_with_the_teacher_from_the_source_trains_no_other(tmp_path: Pat
         make_inputs(tmp_path, size=QUICK, train_teacher=True)
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", ["llava", pytest.param("internvl", marks=pytest.mark.slow)])
 def test_supervised_training_lowers_the_loss(student: str, tmp_path: Path) -> None:
     train_model(STUDENTS[student], tmp_path / student, name=student, steps=1, vision_steps=0, data_seed=1)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / student, dtype=torch.float32)

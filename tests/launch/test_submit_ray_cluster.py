@@ -174,7 +174,7 @@ def test_a_run_survives_a_killed_trainer_and_is_not_run_twice(
         assert done.returncode == 0, done.stderr
         return {entry["submission"]["label"]: (entry["state"], entry["complete"]) for entry in json.loads(done.stdout)}
 
-    wait_for(lambda: listed()["report"][0] == "SUCCEEDED", what="end of the last job", logs=logs, limit_s=60)
+    wait_for(lambda: listed()["report"][0] == "SUCCEEDED", what="end of the last job", logs=logs)
     assert listed() == dict.fromkeys(("cache", "train small", "report"), ("SUCCEEDED", True))
     assert (output_dir / "students" / "small" / "model.safetensors").is_file()
     assert [outcome["state"] for outcome in submit()] == ["complete already"] * 3

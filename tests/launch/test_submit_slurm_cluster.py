@@ -16,7 +16,6 @@ from tests.launch.slurm_cluster import missing_programs, slurm_cluster
 from tests.launch.small_run import write_small_run
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(
         bool(missing_programs()),
@@ -69,6 +68,7 @@ def trainer(rank: int, *, run_file: str) -> psutil.Process | None:
     return None
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_killed_trainer_and_is_not_run_twice(
     slurm: dict[str, str], tiny_qwen2_vl: Path, tiny_internvl: Path, digit_samples: Path, tmp_path: Path
 ) -> None:
@@ -106,7 +106,7 @@ def test_a_run_survives_a_killed_trainer_and_is_not_run_twice(
         return {entry["submission"]["label"]: entry for entry in listed}
 
     wait_for(lambda: (output_dir / "report.html").exists(), what="report", logs=logs)
-    wait_for(lambda: standing()["report"]["state"] == "COMPLETED", what="end of the last job", logs=logs, limit_s=60)
+    wait_for(lambda: standing()["report"]["state"] == "COMPLETED", what="end of the last job", logs=logs)
     assert {label: entry["complete"] for label, entry in standing().items()} == {
         "cache": True,
         "train small": True,
@@ -164,6 +164,7 @@ def test_a_refused_job_is_not_queued_again(stand_in: Callable[[str], subprocess.
     assert starts(tmp_path) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_task_queues_the_job_again_once(
     stand_in: Callable[[str], subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -173,17 +174,18 @@ def test_a_killed_task_queues_the_job_again_once(
     assert starts(tmp_path) == 2, "what stopped the first run has met the second"
 
 
+@pytest.mark.slow
 def test_a_job_that_is_told_of_its_end_saves_and_is_queued_again(
     stand_in: Callable[[str], subprocess.Popen[str]], slurm: dict[str, str], tmp_path: Path
 ) -> None:
     job = stand_in(
-        "trap 'touch saved$SLURM_PROCID; exit 143' TERM\n" + FIRST + '[ -n "$SLURM_RESTART_COUNT" ] && exit 0\n'
+        "trap 'touch saved$SLURM_PROCID; exit 143' TERM\n"
+        "touch ready$SLURM_PROCID\n" + FIRST + '[ -n "$SLURM_RESTART_COUNT" ] && exit 0\n'
         "for _ in {1..600}; do sleep 0.1; done"
     )
-    wait_for(lambda: starts(tmp_path) == 1, what="start", logs=tmp_path)
+    wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)), what="start", logs=tmp_path)
     command = ["squeue", "--noheader", "--format=%A", "--states=RUNNING"]
     number = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True).stdout.strip()
-    time.sleep(2)
     subprocess.run(["scancel", "--batch", "--signal=USR1", number], env=slurm, check=True)
     job.communicate(timeout=300)
     assert job.returncode == 0
@@ -192,6 +194,7 @@ def test_a_job_that_is_told_of_its_end_saves_and_is_queued_again(
     assert starts(tmp_path) == 2
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_is_not_queued_again(
     stand_in: Callable[[str], subprocess.Popen[str]], slurm: dict[str, str], tmp_path: Path
 ) -> None:
@@ -207,7 +210,7 @@ def test_the_environment_of_a_job_holds_no_more_than_was_named(slurm: dict[str, 
     script = tmp_path / "print.sbatch"
     script.write_text(f"#!/bin/bash\n#SBATCH --export=HOME,PATH,USER,NAMED\n#SBATCH --output={tmp_path}/out\nenv\n")
     environment = slurm | {"NAMED": "yes", "OTHER_SECRET": "no"}
-    subprocess.run(["sbatch", "--wait", str(script)], env=environment, check=True, capture_output=True, timeout=60)
+    subprocess.run(["sbatch", "--wait", str(script)], env=environment, check=True, capture_output=True, timeout=300)
     printed = (tmp_path / "out").read_text()
     assert "NAMED=yes" in printed
     assert "OTHER_SECRET" not in printed

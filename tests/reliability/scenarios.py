@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from teacher_cache.gc import collect_garbage
 from teacher_cache.repair import repair_cache
 from teacher_cache.schema import TeacherTargets
@@ -151,3 +153,8 @@ REPAIR = Scenario(
     damaged=frozenset({ALL[2].sample_id}),
 )
 SCENARIOS = {scenario.name: scenario for scenario in (CREATE, BUILD, EXTEND, DROP, REPAIR)}
+PARAMETERS = [
+    pytest.param(scenario, id=name, marks=() if scenario in (CREATE, REPAIR) else pytest.mark.slow)
+    for name, scenario in SCENARIOS.items()
+]
+"""For tests that interrupt a scenario at each of its steps: the short ones have some dozen, the others hundreds."""

@@ -216,7 +216,7 @@ def flip_bits(options: dict[str, Any], *, effort: Effort) -> Counter[str]:
     return counts
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["raw", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "raw")])
 @pytest.mark.parametrize(
     "effort",
     [pytest.param(DEFAULT, id="default"), pytest.param(LONG, id="long", marks=[pytest.mark.slow, pytest.mark.nightly])],

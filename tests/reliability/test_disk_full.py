@@ -19,7 +19,7 @@ from teacher_cache.verify import verify_cache
 from tests.reliability.checks import require_kept, require_whole
 from tests.reliability.faults import NEEDS_SPACE, Refusal, open_for_writing
 from tests.reliability.processes import quick_folder, run_in_child, spread
-from tests.reliability.scenarios import SCENARIOS, Acknowledge, Scenario, ignore
+from tests.reliability.scenarios import PARAMETERS, SCENARIOS, Acknowledge, Scenario, ignore
 from tests.reliability.shim import CHANGES, Kind, Point, Step, intercept, one_thread, points_of
 from tests.teacher_cache.store import assert_same, commit, make_samples, open_builder
 
@@ -92,7 +92,7 @@ def refuse_everywhere(scenario: Scenario, *, every_fault: bool) -> tuple[int, in
     return len(points), len(runs)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
+@pytest.mark.parametrize("scenario", PARAMETERS)
 def test_a_refused_step_is_reported_and_loses_nothing(scenario: Scenario) -> None:
     points, runs = refuse_everywhere(scenario, every_fault=False)
     assert points >= LEAST_POINTS[scenario.name]

@@ -8,7 +8,7 @@ import pytest
 
 from tests.reliability.checks import finish, require_kept
 from tests.reliability.processes import quick_folder, run_in_child, spread
-from tests.reliability.scenarios import SCENARIOS, Acknowledge, Scenario, ignore
+from tests.reliability.scenarios import PARAMETERS, Acknowledge, Scenario, ignore
 from tests.reliability.shim import Point, Step, intercept, kill_at, one_thread, points_of
 
 LEAST_POINTS = {"create": 30, "build": 250, "extend": 120, "drop": 40, "repair": 8}
@@ -51,7 +51,7 @@ def kill_at_every_step(scenario: Scenario, *, within_shards: bool = True) -> int
     return len(points)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
+@pytest.mark.parametrize("scenario", PARAMETERS)
 def test_a_kill_at_any_step_loses_nothing(scenario: Scenario) -> None:
     kills = kill_at_every_step(scenario)
     assert kills >= LEAST_POINTS[scenario.name]

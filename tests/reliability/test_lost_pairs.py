@@ -62,7 +62,11 @@ def live_through(root: Path, lost: tuple[str, str], *, files: dict[str, bytes], 
 
 
 @pytest.mark.parametrize(
-    "before", ["collect", *(pytest.param(before, marks=pytest.mark.nightly) for before in ("nothing", "build"))]
+    "before",
+    [
+        pytest.param("collect", marks=pytest.mark.slow),
+        *(pytest.param(before, marks=pytest.mark.nightly) for before in ("nothing", "build")),
+    ],
 )
 def test_no_pair_of_lost_files_costs_an_intact_shard(before: Before) -> None:
     with quick_folder() as folder:

@@ -11,7 +11,7 @@ import pytest
 from tests.reliability.checks import require_kept, require_whole
 from tests.reliability.crash_states import Moment, Recorder, State, distinct, states_of
 from tests.reliability.processes import quick_folder, spread
-from tests.reliability.scenarios import SCENARIOS, Act, Scenario, ignore
+from tests.reliability.scenarios import PARAMETERS, Act, Scenario, ignore
 from tests.reliability.shim import Point, one_thread
 
 
@@ -115,8 +115,7 @@ def recover_all(scenario: Scenario, *, effort: Effort) -> tuple[int, int]:
     return len(states), len(compound)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
+@pytest.mark.parametrize("scenario", PARAMETERS)
 @pytest.mark.parametrize(
     "effort", [pytest.param(QUICK, id="quick"), pytest.param(LONG, id="long", marks=pytest.mark.nightly)]
 )

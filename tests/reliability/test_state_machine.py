@@ -547,9 +547,13 @@ class CacheMachine(RuleBasedStateMachine):
         return (self.root / name).read_bytes() == self.copies[name]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("runs", "steps"), [(200, 50), pytest.param(1000, 100, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)])]
+    ("runs", "steps"),
+    [
+        (25, 50),
+        pytest.param(200, 50, marks=pytest.mark.slow),
+        pytest.param(1000, 100, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)]),
+    ],
 )
 def test_a_cache_is_what_a_dictionary_says(runs: int, steps: int) -> None:
     COUNTS.__init__()  # type: ignore[misc]

@@ -68,7 +68,7 @@ def test_other_libraries_read_the_same_rows(library: str, shards: dict[str, Path
     out = tmp_path / "found.npz"
     command = [sys.executable, "-W", "error", "-m", "tests.teacher_cache.foreign_readers", library, str(out)]
     finished = subprocess.run(
-        [*command, *map(str, shards.values())], check=False, capture_output=True, text=True, timeout=300
+        [*command, *map(str, shards.values())], check=False, capture_output=True, text=True, timeout=800
     )
     assert finished.returncode == 0, finished.stderr
     found, compared = np.load(out, allow_pickle=False), 0

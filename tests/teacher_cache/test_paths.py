@@ -89,7 +89,9 @@ def rotated(count: int, *, shift: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("read", "used"), [(4, 1), pytest.param(7, 7, marks=pytest.mark.nightly)], ids=["some", "every"]
+    ("read", "used"),
+    [(1, 0), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(7, 7, marks=pytest.mark.nightly)],
+    ids=["few", "some", "every"],
 )
 def test_no_document_leads_out_of_a_cache(template: Path, read: int, used: int) -> None:
     total, fewest = 0, len(SPELLINGS)
@@ -99,7 +101,7 @@ def test_no_document_leads_out_of_a_cache(template: Path, read: int, used: int) 
             withstand(template, attacks, chosen=chosen)
             if chosen:
                 total, fewest = total + len(attacks), min(fewest, len(attacks))
-    assert fewest >= 40
+    assert fewest >= 10 * read
     print(f"S1: documents: {total} paths in {len(PLACES)} places, at least {fewest} each, 0 bytes outside")
 
 
