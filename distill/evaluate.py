@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from jaxtyping import Int
+from PIL.Image import Image
 from torch import Tensor
 
 from distill.batch import Batch, JoinedSample, collate
@@ -207,9 +208,14 @@ def prompt_inputs(processor: Processor, samples: Sequence[Sample]) -> dict[str, 
     """Encode prompts for generation: padded on the left, so that every row goes on at the same position."""
     texts = [render_prompt(processor, sample) for sample in samples]
     images = [decode_image(image, sample_id=sample.sample_id) for sample in samples for image in sample.images]
+    return encode_prompts(processor, texts, images=images)
+
+
+def encode_prompts(processor: Processor, texts: Sequence[str], *, images: Sequence[Image]) -> dict[str, Tensor]:
+    """Encode rendered prompts, with the images of all of them in their order."""
     encoded = processor(
-        text=texts,
-        **({"images": images} if images else {}),
+        text=list(texts),
+        **({"images": list(images)} if images else {}),
         add_special_tokens=False,
         padding=True,
         padding_side="left",

@@ -199,7 +199,11 @@ def report(config: RunConfig) -> bool:
 
     output_dir = Path(config.output_dir)
     path = output_dir / "report.html"
-    sources = [*output_dir.glob("evaluation/*.json"), *output_dir.glob("training/*/*/metrics.jsonl")]
+    sources = [
+        *output_dir.glob("evaluation/*.json"),
+        *output_dir.glob("suites.json"),
+        *output_dir.glob("training/*/*/metrics.jsonl"),
+    ]
     stale = not path.exists() or any(source.stat().st_mtime > path.stat().st_mtime for source in sources)
     with recorded(lambda: [path], config=config) as recording:
         recording.counts = stale

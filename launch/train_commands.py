@@ -18,6 +18,7 @@ from launch.provenance import recorded
 from launch.results import Evaluated, collect_results, evaluated_models
 from launch.run_config import EvaluationConfig, RunConfig, parse_run
 from launch.run_students import RunStudent
+from launch.suites.command import add_suite_arguments, evaluate_suites
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import ConfigError, DataError
 
@@ -95,17 +96,30 @@ def _trained(config: RunConfig, student: StudentConfig, *, finished_before: set[
 
 def eval_parser() -> ArgumentParser:
     """Return the parser of `eval`; what it does not know overrides fields of the run file."""
-    return run_parser(
+    parser = ArgumentParser(
         "eval",
         description="Score the teacher and every student, untouched and trained, on held-out data; print results.json. "
-        "What is scored already is left alone.",
-        exit_codes="0 done, 1 failed, 2 wrong usage or run file",
+        "With --suite, put students through published benchmarks instead, by lmms-eval. What is scored already is "
+        "left alone.",
+        exit_codes="0 done, 1 failed, 2 wrong usage or run file, 3 a suite came to no result (run it again)",
+        example="run.yaml",
     )
+    parser.add_config(optional=True)
+    add_suite_arguments(parser)
+    return parser
 
 
 def eval_command(argv: Sequence[str]) -> int:
-    """Score the teacher, every untouched student and every trained one; write results.json."""
-    _, config = parse_run(eval_parser(), argv)
+    """Score the teacher, every untouched student and every trained one; write results.json, or run suites."""
+    parser = eval_parser()
+    if parser.parse_known_args(argv)[0].config is None:
+        options = parser.parse(argv)
+        if not options.suite:
+            parser.error("a run file is needed, or --suite and --student")
+        return evaluate_suites(options, None)
+    options, config = parse_run(parser, argv)
+    if options.suite:
+        return evaluate_suites(options, config)
     setup_logging(Path(config.output_dir) / "logs" / "eval.log")
     evaluate_run(config)
     print(json.dumps(collect_results(config), indent=2))

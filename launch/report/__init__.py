@@ -5,6 +5,7 @@ It is made from what lies in the run's folder; what is missing is left out and l
     results.json                 {"teacher_accuracy": a, "students": {name: {"accuracy": a, "sft_accuracy": a, ...}}}
     evaluation/<model>.json      distill.scoring.EvaluationResult; <model> is teacher, <student>,
                                  <student>-untouched, -sft, -kd, -uld
+    suites.json                  launch.suites.results.SuiteRecord, of `genrecal eval --suite`
     training/<student>/<stage>/  metrics.jsonl: objects with global_step and, in any group (train/loss), the
                                  losses loss, sft_loss, ce_loss, kl_loss, regularization_loss, boundary_ce,
                                  rest_ce, question_shuffle_gap; features_first.safetensors and
@@ -32,6 +33,7 @@ from launch.report.data import RunData, read_run
 from launch.report.examples import example_items
 from launch.report.live import progress_rows, skipped_rows, watch_figures
 from launch.report.results import family_section, gain_rows, headline_caption, headline_rows, summary_sentences
+from launch.report.suites import suite_section
 from launch.report.training import feature_items, training_figures
 
 
@@ -112,6 +114,7 @@ def render(run: RunData, *, reload_s: float | None = None) -> str:
         headline_caption=headline_caption(run),
         gains=gain_rows(run),
         families=family_section(run),
+        suites=suite_section(run),
         examples=example_items(run),
         training=training_figures(run),
         features=feature_items(run, notes=notes),

@@ -12,6 +12,7 @@ import yaml
 
 from distill.config import STAGES
 from distill.scoring import EvaluationResult, SampleRow, read_result, read_sample_rows
+from launch.suites.results import RECORD, SuiteRecord, read_record
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import CacheError, DataError
 from teacher_cache.samples import read_samples
@@ -80,6 +81,8 @@ class RunData:
     """Student and stage of all that the run files train."""
     expected_evaluations: tuple[str, ...] = ()
     """Names of the trained students that the run files score."""
+    suites: SuiteRecord = field(default_factory=SuiteRecord)
+    """Published benchmarks that students have been through."""
     notes: tuple[str, ...] = field(default=())
     """What was looked for and not found."""
 
@@ -128,6 +131,7 @@ def read_run(run_dir: Path) -> RunData:
         expected_evaluations=tuple(
             student["name"] for config in configs if config.get("evaluation") for student in config.get("students", ())
         ),
+        suites=read_record(run_dir / RECORD),
         notes=tuple(notes),
     )
 

@@ -1,0 +1,275 @@
+"""`genrecal eval --suite`: students through published benchmarks, one process of lmms-eval per student and suite."""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import get_args
+
+from launch.arguments import ArgumentParser
+from launch.console import print_table
+from launch.logs import setup_logging
+from launch.provenance import recorded
+from launch.results import evaluated_models
+from launch.run_config import RunConfig
+from launch.suggestions import suggestion
+from launch.suites.environment import (
+    DEFAULT_FOLDER,
+    Suite,
+    SuiteEnvironment,
+    judge_model,
+    open_environment,
+    require_judge,
+)
+from launch.suites.harness import SuiteFailed, SuiteSettings, SuiteStudent, run_suite
+from launch.suites.results import RECORD, SuiteFailure, SuiteRecord, SuiteResult, read_record, write_record
+from teacher_cache.config import Dtype
+from teacher_cache.errors import ConfigError, DataError, GenrecalError
+
+logger = logging.getLogger(__name__)
+
+WORK_FOLDER = "suites"
+"""In the folder of a run: what lmms-eval writes, by student and suite."""
+
+
+class SuitesIncomplete(GenrecalError):
+    """Some suites came to no result; the others are kept, and the same command tries only these again."""
+
+    code = "suites-incomplete"
+    exit_code = 3
+
+
+def add_suite_arguments(parser: ArgumentParser) -> None:
+    """Take what a run of suites needs."""
+    group = parser.add_argument_group("published benchmarks")
+    group.add_argument(
+        "--suite",
+        metavar="NAME,...",
+        help="run these benchmarks of lmms-eval instead, by the name of a paper (mmmu,mmvet) or of a task",
+    )
+    group.add_argument(
+        "--student",
+        metavar="DIR",
+        help="exported student; with CONFIG also the name of one of the run, by default all, untouched and trained",
+    )
+    group.add_argument(
+        "--output", type=Path, metavar="DIR", help=f"folder for {RECORD}; by default the run in which the student lies"
+    )
+    group.add_argument(
+        "--suite-env",
+        type=Path,
+        default=DEFAULT_FOLDER,
+        metavar="VENV",
+        help=f"environment that launch/suites/install.sh made; by default {DEFAULT_FOLDER}",
+    )
+    group.add_argument("--include-path", type=Path, metavar="DIR", help="folder with tasks of your own")
+    group.add_argument("--limit", type=_positive, metavar="N", help="only so many questions of each task, for a try")
+    group.add_argument(
+        "--without-judge",
+        action="store_true",
+        help="run suites that ask a judge model without its key too; what they cannot score counts as wrong or guessed",
+    )
+    group.add_argument(
+        "--dtype", choices=get_args(Dtype), default="bfloat16", help="element type in which students compute"
+    )
+    group.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="questions answered together; by default 8"
+    )
+    group.add_argument(
+        "--suite-hours", type=float, default=24.0, metavar="H", help="longest time of one suite; by default 24"
+    )
+
+
+def evaluate_suites(options: argparse.Namespace, config: RunConfig | None) -> int:
+    """Run suites on students, skip what is complete, print all figures; go on after a suite that fails.
+
+    Raises:
+        ConfigError: A suite, student or environment is not there, or a judge cannot be asked.
+        SuitesIncomplete: Some suites came to no result.
+    """
+    environment = open_environment(options.suite_env, include=options.include_path)
+    names = dict.fromkeys(name for name in options.suite.split(",") if name)
+    suites = list({suite.task: suite for suite in map(environment.suite, names)}.values())
+    if not suites:
+        raise ConfigError("--suite names no benchmark: give some, as `--suite mmmu,mmvet`")
+    if not options.without_judge:
+        require_judge(suites)
+    students = _students(options.student, config)
+    output_dir = _output_dir(options.output, config, students)
+    setup_logging(output_dir / "logs" / "suites.log")
+    for suite in suites:
+        _announce(suite)
+    settings = SuiteSettings(
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        timeout_s=3600 * options.suite_hours,
+    )
+    path = output_dir / RECORD
+    with recorded(lambda: [path], config=config) as run:
+        outcomes = [
+            _evaluate(suite, student=student, output_dir=output_dir, environment=environment, settings=settings)
+            for student in students
+            for suite in suites
+        ]
+        run.counts = any(outcome is not None for outcome in outcomes)
+    _print(read_record(path), suites=suites, students=students)
+    if failed := [outcome for outcome in outcomes if isinstance(outcome, SuiteFailure)]:
+        raise SuitesIncomplete(
+            f"{len(failed)} of {len(outcomes)} came to no result; the same command tries only these again:\n"
+            + "\n".join(f"{one.student}, {one.suite}: {one.reason}" for one in failed)
+        )
+    return 0
+
+
+def _evaluate(
+    suite: Suite,
+    *,
+    student: SuiteStudent,
+    output_dir: Path,
+    environment: SuiteEnvironment,
+    settings: SuiteSettings,
+) -> SuiteResult | SuiteFailure | None:
+    """Run a suite on a student and record the outcome; None where it is complete already."""
+    path = output_dir / RECORD
+    identity = suite_identity(suite, student=student, environment=environment, settings=settings)
+    known = read_record(path).result(student.name, suite.task)
+    if known is not None and known.identity == identity:
+        logger.info("%s, %s: complete", student.name, suite.task)
+        return None
+    logger.info("%s, %s: running", student.name, suite.task)
+    log = output_dir / "logs" / f"suite-{student.name}-{suite.task}.log"
+    start = time.monotonic()
+    outcome: SuiteResult | SuiteFailure
+    try:
+        figures = run_suite(
+            suite,
+            student=student,
+            work_dir=output_dir / WORK_FOLDER / student.name / suite.task,
+            log=log,
+            environment=environment,
+            settings=settings,
+        )
+    except (SuiteFailed, DataError) as error:
+        logger.error("%s, %s: %s", student.name, suite.task, error)
+        outcome = SuiteFailure(student=student.name, suite=suite.task, reason=str(error), log=str(log))
+    else:
+        outcome = SuiteResult(
+            student=student.name,
+            suite=suite.task,
+            identity=identity,
+            lmms_eval=environment.version,
+            dtype=settings.dtype,
+            limit=settings.limit,
+            judge=judge_model(os.environ) if suite.judge else None,
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - start, 1),
+            figures=figures,
+        )
+    write_record(read_record(path).with_outcome(outcome), path)
+    return outcome
+
+
+def suite_identity(
+    suite: Suite, *, student: SuiteStudent, environment: SuiteEnvironment, settings: SuiteSettings
+) -> str:
+    """Return the digest of what decides the figures: a suite with the same one is not run again."""
+    parts = {
+        "student": _digest(student.path),
+        "suite": suite.task,
+        "lmms_eval": environment.version,
+        "tasks": None if environment.include is None else _digest(environment.include),
+        "judge": judge_model(os.environ) if suite.judge else None,
+        "dtype": settings.dtype,
+        "limit": settings.limit,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in _files(folder):
+        with file.open("rb") as content:
+            digest.update(f"{file.relative_to(folder)}\0".encode())
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield path
+
+
+def _students(wanted: str | None, config: RunConfig | None) -> list[SuiteStudent]:
+    """Return the students to run: a directory, or those of a run that exist.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    models = [] if config is None else [model for model in evaluated_models(config) if model.name != "teacher"]
+    names = [model.name for model in models]
+    if wanted is not None and wanted not in names:
+        if not (Path(wanted) / "config.json").is_file():
+            what = f"is none of the run's ({', '.join(names)}), nor" if names else "is not"
+            raise ConfigError(
+                f"--student {wanted} {what} a directory with a config.json{suggestion(wanted, names)}: "
+                "`genrecal export` writes one"
+            )
+        return [SuiteStudent(name=Path(wanted).resolve().name, path=Path(wanted))]
+    if config is None:
+        raise ConfigError("--suite needs a student: `--student DIR`, or a run file")
+    from distill.student import resolve_model
+
+    students = [
+        SuiteStudent(
+            name=model.name,
+            path=resolve_model(model.model, revision=model.revision),
+            trust_remote_code=model.trust_remote_code,
+        )
+        for model in models
+        if wanted in (None, model.name) and (not model.trained or Path(model.model).exists())
+    ]
+    if not students:
+        raise ConfigError(f"student {wanted} is not trained yet: run `genrecal train` first")
+    return students
+
+
+def _output_dir(wanted: Path | None, config: RunConfig | None, students: Sequence[SuiteStudent]) -> Path:
+    """Return the folder of the record: as wanted, of the run, or of the run that has the student in `students`."""
+    if wanted is not None:
+        return wanted
+    if config is not None:
+        return Path(config.output_dir)
+    folder = students[0].path.resolve().parent
+    return folder.parent if folder.name == "students" else folder
+
+
+def _announce(suite: Suite) -> None:
+    known = f" ({suite.known.name})" if suite.known else ""
+    asks = f"; answers go to the judge model {judge_model(os.environ)}" if suite.judge else ""
+    logger.info("suite %s%s%s", suite.task, known, asks)
+
+
+def _print(record: SuiteRecord, *, suites: Sequence[Suite], students: Sequence[SuiteStudent]) -> None:
+    rows = [["student", "task", "metric", "value", "stderr", "samples"]]
+    for student in students:
+        for suite in suites:
+            result = record.result(student.name, suite.task)
+            for figure in result.figures if result else ():
+                stderr = "-" if figure.stderr is None else f"{figure.stderr:.4g}"
+                samples = "-" if figure.num_samples is None else str(figure.num_samples)
+                rows.append([student.name, figure.task, figure.metric, f"{figure.value:.4g}", stderr, samples])
+    print_table(rows)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number

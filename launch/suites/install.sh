@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Make the environment of lmms-eval: launch/suites/install.sh VENV [PYTHON]
+# It lies over the environment of genrecal, whose interpreter is PYTHON (by default .venv beside launch/): torch,
+# transformers and genrecal itself are found there, so that a student runs on what it was trained with. What lmms-eval
+# needs besides, also where it needs other versions, goes to VENV alone; the environment of genrecal is not written to.
+set -euo pipefail
+venv=$1
+here=$(cd "$(dirname "$0")" && pwd)
+python=${2:-$here/../../.venv/bin/python}
+"$python" -c 'from importlib import metadata; metadata.version("genrecal")' 2>/dev/null || {
+    echo "$python has no genrecal: install it there (launch/install.sh), or name its interpreter: $0 $venv PYTHON" >&2
+    exit 1
+}
+layer=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+stamp=$venv/.genrecal-installed
+wanted=$({ cat "$here"/constraints.txt "$here"/install.sh "$here"/task_index.py "$here"/plugin.py && echo "$layer"; } | sha256sum | cut -d' ' -f1)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    exit 0
+fi
+
+echo "Installing lmms-eval 0.7.3 into $venv, over $layer (0.5 GB, some minutes)"
+rm -f "$stamp"
+"$python" -m venv --clear --without-pip "$venv"
+own=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+# after the packages of VENV, so that those come first
+echo "import site; site.addsitedir('$layer')" >"$own/genrecal_layer.pth"
+"$venv/bin/python" -m pip --disable-pip-version-check -qq install --no-build-isolation --no-compile --no-warn-conflicts \
+    -c "$here/constraints.txt" lmms-eval
+"$venv/bin/python" -W ignore -m launch.suites.task_index >"$venv/genrecal-suites.json.tmp" 2>"$venv/task_index.log" || {
+    tail -n 20 "$venv/task_index.log" >&2
+    exit 1
+}
+mv "$venv/genrecal-suites.json.tmp" "$venv/genrecal-suites.json"
+echo "$wanted" >"$stamp"
+echo "Installed into $venv"
