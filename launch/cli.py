@@ -28,7 +28,7 @@ class Command:
 
 GROUPS = {
     "the whole job": ("run", "demo", "doctor", "report"),
-    "the teacher cache": ("cache",),
+    "the teacher cache": ("data", "cache"),
     "students": ("train", "eval", "export", "reshard", "study"),
     "clusters": ("submit", "jobs"),
     "settings": ("config", "completion"),
@@ -45,6 +45,11 @@ COMMANDS = {
         target="launch.pipeline:run_command",
         arguments="CONFIG",
         help="cache, train, evaluate and report every student; skips what is complete",
+    ),
+    "data fetch": Command(
+        target="launch.data_commands:fetch_command",
+        arguments="SOURCE TARGET --host HOST",
+        help="fetch the images that a data file gives as URLs, from named hosts",
     ),
     "cache plan": Command(
         target="launch.plan:plan_command",
@@ -103,8 +108,8 @@ COMMANDS = {
     ),
     "eval": Command(
         target="launch.train_commands:eval_command",
-        arguments="CONFIG | --suite NAME,... --student DIR",
-        help="score the teacher and every student on held-out data, or students on published benchmarks",
+        arguments="CONFIG",
+        help="score the teacher and every student on held-out data",
     ),
     "export": Command(
         target="launch.train_commands:export_command",
