@@ -108,8 +108,8 @@ COMMANDS = {
     ),
     "eval": Command(
         target="launch.train_commands:eval_command",
-        arguments="CONFIG",
-        help="score the teacher and every student on held-out data",
+        arguments="CONFIG | --suite NAME,... --student DIR",
+        help="score the teacher and every student on held-out data, or students on published benchmarks",
     ),
     "export": Command(
         target="launch.train_commands:export_command",
