@@ -89,6 +89,7 @@ def test_training_is_the_same_without_it(whole: Path, cache: CacheConfig, tiny_l
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_zero3_processes_give_the_same_scores_and_train_as_without(
     whole: Path, cache: CacheConfig, tiny_llava: Path, held_out: Path, tmp_path: Path
 ) -> None:

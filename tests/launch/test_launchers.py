@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,15 +90,18 @@ def expected(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     "command",
     [
         ("torchrun", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m"),
-        ("deepspeed", "--num_gpus=2", "--master_port=29611", "--module"),
+        ("deepspeed", "--num_gpus=2", "--master_port={port}", "--module"),
     ],
     ids=["torchrun", "deepspeed"],
 )
 def test_a_launcher_trains_the_same_student(
     command: tuple[str, ...], values: dict[str, Any], expected: list[tuple[str, int, float]], tmp_path: Path
 ) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
     launcher = str(Path(sys.executable).parent / command[0])
-    train(values, tmp_path / "run", launcher, *command[1:], "launch.cli", "train")
+    options = [option.format(port=port) for option in command[1:]]
+    train(values, tmp_path / "run", launcher, *options, "launch.cli", "train")
     assert losses(tmp_path / "run") == expected
 
 

@@ -30,7 +30,7 @@ def test_sigterm_is_passed_on_and_reported(tmp_path: Path) -> None:
         "import pathlib, signal, sys, time\n"
         f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(ended)!r}).touch(), sys.exit(0)))\n"
         f"pathlib.Path({str(ready)!r}).touch()\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
 
     def terminate_when_ready() -> None:

@@ -292,7 +292,7 @@ def chromium(*arguments: str, profile: Path) -> subprocess.CompletedProcess[str]
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += ["--enable-logging=stderr", "--log-level=0", "--virtual-time-budget=4000", f"--user-data-dir={profile}"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=600, check=True)
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def start_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
         proxy.shutdown()
         proxy.server_close()
         moto.terminate()
-        moto.wait(20)
+        moto.wait(120)
 
 
 def _handler(s3: S3, behind: int) -> type[BaseHTTPRequestHandler]:
@@ -133,7 +133,7 @@ def _handler(s3: S3, behind: int) -> type[BaseHTTPRequestHandler]:
 
 
 def _create_bucket(port: int) -> None:
-    for _ in range(200):
+    for _ in range(1200):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
         try:
             connection.request("PUT", f"/{BUCKET}", headers={"Host": "127.0.0.1"})

@@ -189,7 +189,7 @@ def test_parts_are_written_once_by_few_actors(replicas: int) -> None:
 
 @pytest.mark.parametrize("behaviour", [dies, fails, hangs, never_starts])
 def test_a_part_whose_actor_is_lost_goes_to_a_fresh_one(behaviour: Behaviour) -> None:
-    job, placement, tokens = run(behaviour, stall_timeout_s=0.1, start_timeout_s=0.1)
+    job, placement, tokens = run(behaviour, stall_timeout_s=2.0, start_timeout_s=2.0)
     assert sorted(job.committed) == [0, 1, 2]
     assert len(placement.started) == 2
     assert tokens == 30, "what a lost attempt has told is taken back"
@@ -204,10 +204,13 @@ def test_a_part_that_always_fails_is_left_out_and_named() -> None:
     assert caught.value.__notes__ == ["[0, 2]"]
 
 
-@pytest.mark.parametrize(("behaviour", "why"), [(fails, "no memory"), (never_starts, "has not started its engine")])
-def test_a_teacher_that_writes_nothing_is_given_up(behaviour: Behaviour, why: str) -> None:
+@pytest.mark.parametrize(
+    ("behaviour", "start_timeout_s", "why"),
+    [(fails, 60.0, "no memory"), (never_starts, 0.05, "has not started its engine")],
+)
+def test_a_teacher_that_writes_nothing_is_given_up(behaviour: Behaviour, start_timeout_s: float, why: str) -> None:
     with pytest.raises(TeacherError, match=rf"part 0 failed 2 times, the last time with: .*{why}.*logs are in logs"):
-        run(*[behaviour] * 9, max_attempts=2, start_timeout_s=0.05)
+        run(*[behaviour] * 9, max_attempts=2, start_timeout_s=start_timeout_s)
 
 
 def test_a_signal_ends_the_run_as_incomplete() -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def commit_records(uri: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((uri / "commits").glob("*.json"))]
 
 
-def wait_for_commits(uri: Path, *, count: int, timeout_s: float = 180) -> None:
+def wait_for_commits(uri: Path, *, count: int, timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
     while len(list((uri / "commits").glob("*.json"))) < count:
         assert time.monotonic() < deadline, f"no {count} commits in {timeout_s} s"
@@ -263,10 +264,14 @@ def test_a_killed_job_goes_on_where_it_stood(
 ) -> None:
     uri = tmp_path / "cache"
     config = make_config(uri, model=tiny_qwen2_vl, data=digit_samples, engine="vllm", num_replicas=2)
-    job = start_build(config)
-    wait_for_commits(uri, count=2)
-    os.killpg(job.pid, signal.SIGKILL)
-    assert job.wait() == -signal.SIGKILL
+    for _ in range(3):  # a busy machine may notice the second commit when all is done
+        shutil.rmtree(uri, ignore_errors=True)
+        job = start_build(config)
+        wait_for_commits(uri, count=2)
+        os.killpg(job.pid, signal.SIGKILL)
+        assert job.wait() == -signal.SIGKILL
+        if len(commit_records(uri)) < 14:
+            break
     committed = {record["shard_id"]: record["attempt"] for record in commit_records(uri)}
     assert 2 <= len(committed) < 14
     assert start_build(config).wait() == 0

@@ -154,7 +154,7 @@ def test_an_outage_ends_in_an_error(s3: S3, monkeypatch: pytest.MonkeyPatch) -> 
     started = time.monotonic()
     with pytest.raises(CacheError, match=r"cannot read s3://bucket/.*/CACHE\.json") as caught:
         open_cache(s3.uri)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     assert "canary" not in str(caught.value)
 
 
