@@ -93,6 +93,7 @@ class TorchEngine:
             betas=config.adam_betas,
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            fused=True,
         )
 
     def forward(self, **inputs: Any) -> Any:

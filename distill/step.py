@@ -159,8 +159,9 @@ def _accumulate(
     processes, model = loop.processes, loop.engine.model
     # dropout is a function of step and process, also after a resume
     seed = [loop.train.seed, STAGES.index(loop.data.spec.stage), step, processes.rank]
-    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    model.train()
+    _seed_dropout(int(np.random.SeedSequence(seed).generate_state(1)[0]), device=processes.device)
+    if not model.training:
+        model.train()
     model.refusals.clear()
     parts = []
     for batch in micro_batches:
@@ -184,6 +185,12 @@ def _accumulate(
         share=share,
         is_suspect=bool(suspects),
     )
+
+
+def _seed_dropout(seed: int, *, device: torch.device) -> None:
+    """Seed the generator of a device; torch.manual_seed keeps a stack trace per call where there is no GPU."""
+    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
+    generator.manual_seed(seed)
 
 
 def _find_fault(

@@ -129,6 +129,8 @@ class ZeroEngine:
             # read outside of its own module: met in the middle of a traced pass, it would break the trace
             for parameter in model.student.get_output_embeddings().parameters():
                 deepspeed.zero.register_external_parameter(model, parameter)
+        self._measure_norms = self._optimizer._get_norm_groups
+        self._forget_norm()
         report = self.partition_report()
         logger.info("ZeRO-3 over %d process(es): %s", processes.world_size, asdict(report))
         if processes.world_size > 1 and report.partitioned < report.parameters / 2:
@@ -147,12 +149,15 @@ class ZeroEngine:
         self._engine.backward(loss * self._processes.world_size, scale_wrt_gas=False)
 
     def gradient_norm(self) -> float:
-        """Return the norm over all processes."""
+        """Return the norm over all processes; the step clips by it, and does not measure again."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        # where gradients are offloaded they are moved and measured here; the step does it again
+        # where gradients are offloaded they are moved and measured here, and the step finds none left to move
         self._optimizer.finalize_gradient_accumulation_boundary()
-        return float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
+        self._optimizer._offload_boundary_param_ids = set()
+        norms = self._measure_norms()
+        self._optimizer._get_norm_groups = lambda: norms
+        return float(combine_grad_norm_groups(norms))
 
     def discard(self) -> None:
         """Drop the gradient the way DeepSpeed does when it overflows; the next backward overwrites what is left."""
@@ -160,12 +165,18 @@ class ZeroEngine:
         self._optimizer._partition_all_parameters()
         self._optimizer._overflow_clean_up(self._optimizer.loss_scale)
         self._engine._unmanaged_backward_count = 0
+        self._forget_norm()
 
     def step(self, *, learning_rate: float) -> float:
         """Update the parameters."""
         set_learning_rate(self._optimizer, learning_rate)
         self._engine.step()
+        self._forget_norm()
         return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def _forget_norm(self) -> None:
+        """Let a step measure the norm itself unless `gradient_norm` has done so since the last one."""
+        self._optimizer._get_norm_groups = self._measure_norms
 
     def save(self, directory: Path) -> None:
         """Write this process's shares."""

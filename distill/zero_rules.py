@@ -59,8 +59,9 @@ def stage_config(stage: Stage, *, train: TrainConfig, dtype: str) -> dict[str, A
                 "betas": list(config.adam_betas),
                 "eps": config.adam_epsilon,
                 "weight_decay": config.weight_decay,
-                # the fused one is compiled at start-up
+                # torch's, one kernel per group; DeepSpeed's own is compiled at start-up
                 "torch_adam": True,
+                "fused": True,
             },
         },
         "bf16": {"enabled": dtype == "bfloat16"},

@@ -90,7 +90,7 @@ def run_uneven_steps(
     frozen = {name for name, parameter in composite.named_parameters() if not parameter.requires_grad}
     run.initial = _whole_parameters(engine)
     run.frozen = {name: values for name, values in run.initial.items() if name in frozen}
-    for step in plan:
+    for number, step in enumerate(plan):
         mine = [
             share[rank]
             for share in step
@@ -105,7 +105,9 @@ def run_uneven_steps(
             engine.backward(part)
             loss += float(part.detach())
         run.losses += processes.sum([loss])
-        run.norms.append(engine.step(learning_rate=1e-3))
+        # measured before the step, and in it
+        measured = [engine.gradient_norm()] if number % 2 else []
+        run.norms += [*measured, engine.step(learning_rate=1e-3)][:1]
     run.parameters = _whole_parameters(engine)
     run.facts = _facts(engine) | {"head_stayed": engine.model.teacher_head.weight is head}
     engine.close()
