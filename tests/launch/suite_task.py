@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 YAML = """task: digit_grids
@@ -64,8 +65,6 @@ def write_task(folder: Path, *, data: Path) -> None:
         }
         for row in rows
     ]
-    import pyarrow as pa
-
     pq.write_table(pa.Table.from_pylist(questions), folder / "questions.parquet")
     (folder / "digit_grids.yaml").write_text(YAML)
     (folder / "digits.py").write_text(PYTHON)

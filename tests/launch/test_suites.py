@@ -1,0 +1,309 @@
+"""`genrecal eval --suite` without lmms-eval: command lines, results, refusals, what is run again."""
+
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.cli import main
+from launch.report import write_report
+from launch.suites import command
+from launch.suites.environment import INDEX, open_environment, require_judge
+from launch.suites.harness import SuiteFailed, SuiteSettings, SuiteStudent, run_logged, run_suite, suite_command
+from launch.suites.known import KNOWN_SUITES, known_suite
+from launch.suites.results import SuiteFailure, read_figures, read_record
+from teacher_cache.errors import ConfigError, DataError
+
+PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+SETTINGS = SuiteSettings(dtype="float32", batch_size=4, limit=None, timeout_s=60.0)
+RESULTS: dict[str, Any] = {
+    "results": {
+        "mmmu_val": {"alias": "mmmu_val", "mmmu_acc,none": 0.5, "mmmu_acc_stderr,none": "N/A"}
+        | {"mmmu_acc_stderr_clt,none": 0.02, "submission,none": None, "rank,none": "first"}
+    },
+    "versions": {"mmmu_val": 0.0},
+    "n-samples": {"mmmu_val": {"original": 900, "effective": 900}},
+}
+FAKE = """#!{python}
+import json, os, sys, time
+from pathlib import Path
+
+asked = sys.argv[sys.argv.index("--tasks") + 1]
+print("token", os.environ.get("HF_TOKEN"), flush=True)
+with open({calls!r}, "a") as file:
+    file.write(asked + "\\n")
+if asked == "mmstar":
+    sys.exit("no room on the device")
+if asked == "ai2d":
+    sys.exit(0)
+folder = Path("results") / "student"
+folder.mkdir(parents=True)
+assert (Path("student") / "config.json").exists()
+(folder / "1_results.json").write_text({results!r})
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_log_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the logging of the test's own process alone."""
+    monkeypatch.setattr(command, "setup_logging", lambda path: None)
+
+
+@pytest.fixture
+def environment_folder(tmp_path: Path) -> Path:
+    """An environment whose interpreter stands in for lmms-eval."""
+    folder = tmp_path / "venv"
+    (folder / "bin").mkdir(parents=True)
+    python = folder / "bin" / "python"
+    python.write_text(FAKE.format(python=sys.executable, calls=str(tmp_path / "calls"), results=json.dumps(RESULTS)))
+    python.chmod(0o755)
+    tasks = {
+        suite.task: {"parts": [suite.task], "judge": False, "output_types": ["generate_until"]}
+        for suite in KNOWN_SUITES
+    }
+    tasks["likely"] = {"parts": ["likely"], "judge": False, "output_types": ["multiple_choice"]}
+    tasks["mathverse"] = {"parts": ["mathverse"], "judge": True, "output_types": ["generate_until"]}
+    (folder / INDEX).write_text(json.dumps({"lmms_eval": "0.7.3", "models": ["genrecal"], "tasks": tasks}))
+    return folder
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    folder = tmp_path / "run, a=b" / "students" / "small"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def evaluate(student: Path, environment: Path, suites: str, *more: str) -> int:
+    return main(["eval", "--suite", suites, "--student", str(student), "--suite-env", str(environment), *more])
+
+
+def calls(student: Path) -> list[str]:
+    path = student.parents[2] / "calls"
+    return path.read_text().split() if path.exists() else []
+
+
+def test_a_command_line_names_no_path_of_the_student(environment_folder: Path, student: Path) -> None:
+    environment = open_environment(environment_folder)
+    asked = SuiteStudent(name="small", path=student, trust_remote_code=True)
+    limited = SuiteSettings(dtype="bfloat16", batch_size=2, limit=5, timeout_s=1.0)
+    line = suite_command(environment.suite("MMMU"), student=asked, environment=environment, settings=limited)
+    assert line[:3] == [str(environment_folder / "bin" / "python"), "-m", "lmms_eval"]
+    options = {word: line[place + 1] for place, word in enumerate(line[:-1]) if word.startswith("--")}
+    assert options["--model_args"] == "pretrained=student,dtype=bfloat16,trust_remote_code=True"
+    assert (options["--model"], options["--tasks"], options["--limit"]) == ("genrecal", "mmmu_val", "5")
+    assert not any(str(student) in word for word in line)
+
+
+def test_names_of_papers_are_found_however_they_are_spelt() -> None:
+    for suite in KNOWN_SUITES:
+        for name in (suite.name, suite.name.lower(), suite.name.replace("-", "_")):
+            assert known_suite(name) == suite
+    assert known_suite("mmmu_val") is None
+
+
+def test_the_page_lists_exactly_the_known_names() -> None:
+    rows = re.findall(r"^\| ([\w-]+) \| `(\w+)` \| `(\w+)` \| (\d+) \| (yes|-) \|$", PAGE, re.MULTILINE)
+    known = [
+        (one.name, one.task, one.metric, f"{one.full_score:g}", "yes" if one.judge else "-") for one in KNOWN_SUITES
+    ]
+    assert rows == known
+
+
+@pytest.mark.parametrize(
+    ("suites", "words"),
+    [
+        ("mmstr", "did you mean 'mmstar'?"),
+        ("likely", "asks for multiple_choice"),
+        ("mmvet", "OPENAI_API_KEY is not set"),
+        (",", "names no benchmark"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_does(
+    suites: str,
+    words: str,
+    student: Path,
+    environment_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert evaluate(student, environment_folder, suites) == 2
+    assert words in capsys.readouterr().err
+    assert calls(student) == []
+
+
+def test_a_judge_is_asked_for_by_the_interface_in_use(environment_folder: Path) -> None:
+    environment = open_environment(environment_folder)
+    suites = [environment.suite("mmmu"), environment.suite("mathverse"), environment.suite("mmb-static")]
+    assert [suite.judge for suite in suites] == [False, True, False]
+    assert require_judge(suites[:1], environment={}) is None
+    found = require_judge(suites, environment={"OPENAI_API_KEY": "k", "MODEL_VERSION": "mine"})
+    assert found == "mine (openai)"
+    with pytest.raises(ConfigError, match=r"mathverse.*AZURE_API_KEY and AZURE_ENDPOINT"):
+        require_judge(suites, environment={"API_TYPE": "azure", "OPENAI_API_KEY": "k"})
+
+
+@pytest.mark.parametrize("damage", ["none", "no index", "no plug-in"])
+def test_an_environment_that_is_not_whole_says_how_to_make_it(
+    damage: str, environment_folder: Path, tmp_path: Path
+) -> None:
+    if damage == "no index":
+        (environment_folder / INDEX).write_text("{}")
+    elif damage == "no plug-in":
+        (environment_folder / INDEX).write_text(json.dumps({"lmms_eval": "0.7.3", "models": [], "tasks": {}}))
+    folder = tmp_path / "nothing" if damage == "none" else environment_folder
+    with pytest.raises(ConfigError, match=rf"install\.sh {folder} {sys.executable}"):
+        open_environment(folder)
+
+
+def test_outcomes_are_kept_and_only_what_is_missing_runs_again(
+    student: Path, environment_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-in-a-coal-mine")
+    assert evaluate(student, environment_folder, "mmmu,mmstar,ai2d,mmmu_val") == 3
+    said = capsys.readouterr()
+    assert "2 of 3 came to no result" in said.err
+    assert "no room on the device" in said.err
+    assert re.search(r"small +mmmu_val +mmmu_acc +0\.5 +0\.02 +900", said.out)
+    run_dir = student.parents[1]
+    record = read_record(run_dir / "suites.json")
+    assert [(one.student, one.suite) for one in record.results] == [("small", "mmmu_val")]
+    assert [one.suite for one in record.failures] == ["mmstar", "ai2d"]
+    assert "exit code 0" in record.failures[1].reason  # lmms-eval hides exceptions behind it
+    assert evaluate(student, environment_folder, "mmmu,mmstar") == 3
+    assert calls(student) == ["mmmu_val", "mmstar", "ai2d", "mmstar"]
+    (student / "model.safetensors").write_bytes(b"other weights")
+    assert evaluate(student, environment_folder, "mmmu") == 0
+    assert calls(student)[4:] == ["mmmu_val"]
+    kept = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert not any(b"canary-in" in path.read_bytes() for path in kept)
+    assert "canary-in" not in said.err + said.out
+    assert "token ***" in (run_dir / "logs" / "suite-small-mmmu_val.log").read_text()
+    page = write_report(run_dir).read_text()
+    assert all(words in page for words in ("50.0\u202f%", "of 900", "no room on the device"))
+
+
+def test_what_decides_the_figures_is_in_the_identity(
+    student: Path, environment_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = open_environment(environment_folder)
+    own = tmp_path / "own"
+    own.mkdir()
+
+    def identity(task: str = "mmvet", *, settings: SuiteSettings = SETTINGS, included: bool = False) -> str:
+        where = replace(environment, include=own if included else None)
+        asked = SuiteStudent(name="small", path=student)
+        return command.suite_identity(where.suite(task), student=asked, environment=where, settings=settings)
+
+    seen = [identity(), identity("mmmu"), identity(included=True)]
+    (own / "task.yaml").write_text("task: mine")
+    seen.append(identity(included=True))
+    seen.append(identity(settings=SuiteSettings(dtype="bfloat16", batch_size=4, limit=None, timeout_s=60.0)))
+    seen.append(identity(settings=SuiteSettings(dtype="float32", batch_size=4, limit=3, timeout_s=60.0)))
+    assert identity(settings=SuiteSettings(dtype="float32", batch_size=9, limit=None, timeout_s=1.0)) == seen[0]
+    monkeypatch.setenv("MODEL_VERSION", "another judge")
+    assert identity("mmmu") == seen[1]
+    seen.append(identity())
+    (student / "chat_template.jinja").write_text("other")
+    seen.append(identity())
+    assert len(set(seen)) == len(seen)
+
+
+def test_figures_are_the_numbers_of_the_tasks_of_the_suite(environment_folder: Path, tmp_path: Path) -> None:
+    suite = open_environment(environment_folder).suite("mmmu")
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(RESULTS))
+    (figure,) = read_figures(path, suite=suite)
+    assert (figure.metric, figure.filter, figure.value, figure.stderr) == ("mmmu_acc", "none", 0.5, 0.02)
+    assert (figure.task, figure.version, figure.num_samples) == ("mmmu_val", "0.0", 900)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "no result of lmms-eval"),
+        ("[]", "no result of lmms-eval"),
+        ('{"results": {}}', "no result of lmms-eval"),
+        ('{"results": {}, "versions": {}, "n-samples": {}}', "lacks mmmu_val"),
+        ('{"results": {"mmmu_val": {"a,none": null}}, "versions": {}, "n-samples": {}}', "no figure"),
+        ('{"results": {"mmmu_val": {"a,none": NaN}}, "versions": {}, "n-samples": {}}', "is nan"),
+    ],
+)
+def test_results_that_say_nothing_are_no_figures(
+    text: str, words: str, environment_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_figures(path, suite=open_environment(environment_folder).suite("mmmu"))
+
+
+def test_a_suite_that_takes_too_long_ends_with_all_its_processes(
+    environment_folder: Path, student: Path, tmp_path: Path
+) -> None:
+    marker = tmp_path / "child"
+    python = environment_folder / "bin" / "python"
+    python.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > '{marker}'\nwait\n")
+    environment = open_environment(environment_folder)
+    short = SuiteSettings(dtype="float32", batch_size=4, limit=None, timeout_s=1.0)
+    with pytest.raises(SuiteFailed, match="longer than"):
+        run_suite(
+            environment.suite("mmmu"),
+            student=SuiteStudent(name="small", path=student),
+            work_dir=tmp_path / "work",
+            log=tmp_path / "log",
+            environment=environment,
+            settings=short,
+        )
+    child = int(marker.read_text())
+    deadline = time.monotonic() + 10
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_bars_go_to_the_console_and_lines_to_the_log_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = "import sys; sys.stdout.write('first\\n 10%\\r 50%\\rlast'); sys.exit(5)"
+    line, log = [sys.executable, "-c", script], tmp_path / "log"
+    assert run_logged(line, cwd=tmp_path, log=log, timeout_s=60, environment=os.environ) == 5
+    assert log.read_text() == "first\nlast\n"
+    assert capfd.readouterr().err.splitlines() == ["first", " 10%", "last"]
+
+
+def test_a_failure_leaves_an_earlier_result(student: Path, environment_folder: Path) -> None:
+    evaluate(student, environment_folder, "mmmu")
+    record = read_record(student.parents[1] / "suites.json")
+    failed = record.with_outcome(SuiteFailure(student="small", suite="mmmu_val", reason="r", log="l"))
+    assert failed.results == record.results
+    assert len(failed.failures) == 1
+    assert failed.with_outcome(record.results[0]).failures == ()
+
+
+def test_a_record_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "suites.json").write_text('{"results": [{"student": "a"}]}')
+    with pytest.raises(DataError, match="no record of suites"):
+        read_record(tmp_path / "suites.json")
+
+
+@pytest.mark.parametrize("words", [["eval"], ["eval", "--suite", "mmmu"], ["eval", "--suites", "mmmu"]])
+def test_eval_needs_a_run_file_or_a_suite_with_a_student(
+    words: list[str], environment_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--suite-env", str(environment_folder)]) == 2
+    assert "student" in capsys.readouterr().err or words[1] == "--suites"
