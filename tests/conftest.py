@@ -40,6 +40,10 @@ LONGEST_FIRST = (
     "tests/test_train_benchmarks.py",
     "tests/distill/test_reshard.py",
     "tests/teacher_cache/test_build_pool.py",
+    "tests/families/test_teachers.py",
+    "tests/reliability/test_power_loss.py",
+    "tests/reliability/test_disk_full.py",
+    "tests/teacher_cache/test_fuzz.py",
 )
 """The files that take minutes, so that none of them begins when the other processes are about to end."""
 

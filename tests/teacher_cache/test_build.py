@@ -191,6 +191,7 @@ def test_an_image_that_the_processor_refuses_costs_one_sample(tiny_qwen2_vl: Pat
     assert open_cache(config.uri).sample_ids == ("good",)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_cannot_start_is_given_up(
     local_ray: None, tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path
 ) -> None:
