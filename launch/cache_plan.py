@@ -104,7 +104,6 @@ def make_plan(config: RunConfig) -> CachePlan:
             tokens=tokens,
             samples=samples,
             total_bytes=size.total_bytes,
-            students=config.students,
             readings=readings,
         ),
     )

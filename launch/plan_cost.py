@@ -1,13 +1,14 @@
 """What a cache costs and when it pays for itself, in GPU-hours: pure arithmetic over counts and assumptions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from distill.config import Method, Stage, StudentConfig, TrainConfig
+from distill.config import Method, Stage, TrainConfig
 from distill.stage_spec import stage_spec
 from distill.trainer import own_stages
 from launch.plan_config import PlanConfig
+from launch.run_students import RunStudent
 from teacher_cache.schema import Tier
 
 FLOPS_PER_PARAMETER: Final = 2
@@ -41,8 +42,9 @@ class TeacherSpeed:
 
 @dataclass(frozen=True, kw_only=True)
 class StageReading:
-    """What one stage of one method reads from the cache."""
+    """What one stage reads from the cache, for the students of whom that is the same."""
 
+    students: tuple[str, ...]
     method: Method
     stage: Stage
     tiers: tuple[Tier, ...]
@@ -57,12 +59,28 @@ class StageReading:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudentCost:
+    """What the teacher costs one student, by the settings of its own training."""
+
+    name: str
+    samples: int
+    """That all its stages take of the cache."""
+    live_gpu_hours: float
+    """With a teacher that runs in every step."""
+    read_gpu_hours: float
+    """Reading the cache instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BreakEven:
     """The cache against a teacher that runs in every step."""
 
     cache_gpu_hours: float
     """Running the teacher once, and keeping the cache."""
+    by_student: tuple[StudentCost, ...]
+    """Those that need the teacher."""
     live_gpu_hours_per_student: float
+    """Their mean."""
     read_gpu_hours_per_student: float
     students: float | None
     """From how many students on the cache is cheaper; None when it never is."""
@@ -96,7 +114,7 @@ def teacher_speed(
 
 
 def stage_readings(
-    students: Sequence[StudentConfig],
+    students: Sequence[RunStudent],
     train: TrainConfig,
     *,
     samples: int,
@@ -104,37 +122,38 @@ def stage_readings(
     tokens: float,
     step_time_s: float | None,
 ) -> list[StageReading]:
-    """Return what each stage that needs the teacher reads, once per method of the students.
+    """Return what each stage that needs the teacher reads, once for all students of whom it is the same.
 
     Args:
-        students: Their methods decide which stages need the teacher.
-        train: Stages, steps and batch sizes.
+        students: Their methods decide which stages need the teacher, and their own settings hold over the run's.
+        train: The run's stages, steps and batch sizes.
         samples: Stored in the cache.
         tier_bytes: Of the whole cache.
         tokens: Teacher tokens of the whole cache.
         step_time_s: Seconds per optimizer step, if assumed.
     """
-    readings = []
-    for student in {student.method: student for student in students}.values():
-        for stage in own_stages(student, train):
-            tiers = stage_spec(stage, method=student.method, train=train, has_images=False).tiers
+    names: dict[StageReading, list[str]] = {}
+    for student in students:
+        settings = student.settings(train)
+        for stage in own_stages(student, settings):
+            tiers = stage_spec(stage, method=student.method, train=settings, has_images=False).tiers
             if not tiers:
                 continue
             per_sample = sum(tier_bytes[tier] for tier in tiers) / samples
-            per_step = per_sample * train.stage(stage).global_batch_size
-            readings.append(
-                StageReading(
-                    method=student.method,
-                    stage=stage,
-                    tiers=tiers,
-                    samples=stage_samples(train, stage, samples=samples),
-                    bytes_per_sample=per_sample,
-                    bytes_per_step=per_step,
-                    bytes_per_s=None if step_time_s is None else per_step / step_time_s,
-                    bytes_per_s_per_1000_tokens_per_s=per_sample / (tokens / samples) * TOKENS_PER_S,
-                )
+            per_step = per_sample * settings.stage(stage).global_batch_size
+            reading = StageReading(
+                students=(),
+                method=student.method,
+                stage=stage,
+                tiers=tiers,
+                samples=stage_samples(settings, stage, samples=samples),
+                bytes_per_sample=per_sample,
+                bytes_per_step=per_step,
+                bytes_per_s=None if step_time_s is None else per_step / step_time_s,
+                bytes_per_s_per_1000_tokens_per_s=per_sample / (tokens / samples) * TOKENS_PER_S,
             )
-    return readings
+            names.setdefault(reading, []).append(student.name)
+    return [replace(reading, students=tuple(found)) for reading, found in names.items()]
 
 
 def stage_samples(train: TrainConfig, stage: Stage, *, samples: int) -> int:
@@ -152,7 +171,6 @@ def break_even(
     tokens: float,
     samples: int,
     total_bytes: int,
-    students: Sequence[StudentConfig],
     readings: Sequence[StageReading],
 ) -> BreakEven:
     """Return how many students, or epochs, make the cache cheaper than a teacher that runs live in every step.
@@ -160,26 +178,29 @@ def break_even(
     A student stands for the mean of those that need the teacher. Reading counts as time of the GPU whose process reads.
     """
     cache_hours = speed.gpu_hours(tokens) + plan.storage_gpu_hours_per_tb * total_bytes / 1e12
-    methods = {reading.method for reading in readings}
-    taught = [student for student in students if student.method in methods]
-    if not taught:
-        return BreakEven(
-            cache_gpu_hours=cache_hours,
-            live_gpu_hours_per_student=0.0,
-            read_gpu_hours_per_student=0.0,
-            students=None,
-            epochs=None,
+    costs = []
+    for name in dict.fromkeys(name for reading in readings for name in reading.students):
+        own = [reading for reading in readings if name in reading.students]
+        forwards = sum(reading.samples for reading in own)
+        read_bytes = sum(reading.samples * reading.bytes_per_sample for reading in own)
+        costs.append(
+            StudentCost(
+                name=name,
+                samples=forwards,
+                live_gpu_hours=speed.gpu_hours(forwards * tokens / samples),
+                read_gpu_hours=read_bytes / (plan.read_gb_per_s_per_process * GB) / HOUR_S,
+            )
         )
-    own = [reading for student in taught for reading in readings if reading.method == student.method]
-    forwards = sum(reading.samples for reading in own) / len(taught)
-    read_bytes = sum(reading.samples * reading.bytes_per_sample for reading in own) / len(taught)
-    live_hours = speed.gpu_hours(forwards * tokens / samples)
-    read_hours = read_bytes / (plan.read_gb_per_s_per_process * GB) / HOUR_S
+    count = max(len(costs), 1)
+    live_hours = sum(cost.live_gpu_hours for cost in costs) / count
+    read_hours = sum(cost.read_gpu_hours for cost in costs) / count
     pays_after = cache_hours / (live_hours - read_hours) if live_hours > read_hours else None
+    epochs_each = sum(cost.samples for cost in costs) / count / samples
     return BreakEven(
         cache_gpu_hours=cache_hours,
+        by_student=tuple(costs),
         live_gpu_hours_per_student=live_hours,
         read_gpu_hours_per_student=read_hours,
         students=pays_after,
-        epochs=None if pays_after is None else pays_after * forwards / samples,
+        epochs=None if pays_after is None else pays_after * epochs_each,
     )

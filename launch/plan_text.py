@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.cache_plan import CachePlan, Storage
-from launch.console import count_of, first_of, format_bytes, print_facts, print_table
-from launch.plan_cost import FLOPS_PER_PARAMETER, StageReading
+from launch.console import count_of, first_of, format_bytes, names_in_line, print_facts, print_table
+from launch.plan_cost import FLOPS_PER_PARAMETER, StageReading, StudentCost
 from teacher_cache.cache_size import ZSTD_RATIOS
 from teacher_cache.schema import TIERS
 
@@ -43,6 +43,7 @@ def as_record(plan: CachePlan) -> dict[str, Any]:
         "wall_hours": speed.wall_hours(counts.tokens),
         "reading": [dataclasses.asdict(reading) for reading in plan.readings],
         "cache_gpu_hours": pays.cache_gpu_hours,
+        "by_student": [dataclasses.asdict(cost) for cost in pays.by_student],
         "live_gpu_hours_per_student": pays.live_gpu_hours_per_student,
         "read_gpu_hours_per_student": pays.read_gpu_hours_per_student,
         "break_even_students": pays.students,
@@ -127,22 +128,31 @@ def _cost_facts(plan: CachePlan) -> dict[str, str | Sequence[str]]:
         "teacher": f"{parameters}{_rounded(speed.tokens_per_s_per_replica)} tokens/s per replica",
         "build": f"{_rounded(speed.gpu_hours(tokens))} GPU-hours: {_rounded(speed.wall_hours(tokens))} hours on "
         f"{count_of(gpus, 'GPU')}",
-        "reading": [_reading(reading) for reading in plan.readings],
+        "reading": [_reading(reading, of_several=len(plan.config.students) > 1) for reading in plan.readings],
+        "students": [_student(cost) for cost in pays.by_student] if len(plan.config.students) > 1 else [],
         "per student": f"{_rounded(pays.live_gpu_hours_per_student)} GPU-hours with a live teacher, "
         f"{_rounded(pays.read_gpu_hours_per_student)} to read the cache instead",
         "break-even": _break_even(plan),
     }
 
 
-def _reading(reading: StageReading) -> str:
+def _reading(reading: StageReading, *, of_several: bool) -> str:
     speed = (
         f"{format_bytes(reading.bytes_per_s_per_1000_tokens_per_s)}/s for each 1,000 teacher tokens/s"
         if reading.bytes_per_s is None
         else f"{format_bytes(reading.bytes_per_s)}/s"
     )
+    who = f"{reading.method}: {names_in_line(reading.students)}" if of_several else reading.method
     return (
-        f"{reading.stage} ({reading.method}): {format_bytes(reading.bytes_per_sample)} per sample of tier "
+        f"{reading.stage} ({who}): {format_bytes(reading.bytes_per_sample)} per sample of tier "
         f"{', '.join(reading.tiers)}; {format_bytes(reading.bytes_per_step)} per step; {speed}"
+    )
+
+
+def _student(cost: StudentCost) -> str:
+    return (
+        f"{cost.name}: {cost.samples:,} samples, {_rounded(cost.live_gpu_hours)} GPU-hours with a live teacher, "
+        f"{_rounded(cost.read_gpu_hours)} to read the cache instead"
     )
 
 

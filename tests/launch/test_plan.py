@@ -17,13 +17,14 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from distill.config import StudentConfig, TrainConfig
+from distill.config import TrainConfig
 from launch.cli import main
 from launch.demo.digits import generate_digit_vqa
 from launch.demo.make_models import TRAINED_TEACHER
 from launch.plan_config import PlanConfig
 from launch.plan_cost import break_even, stage_readings, teacher_speed
 from launch.run_config import RunConfig, load_run_config
+from launch.run_students import RunStudent
 from teacher_cache import open_cache
 from teacher_cache.data_statistics import estimate_totals
 from teacher_cache.inspect import cache_status
@@ -415,7 +416,7 @@ def stated_run(**plan_section: Any) -> RunConfig:
 TIER_BYTES: dict[Any, int] = {"A": 1_000_000, "Q": 9_000_000, "L": 500_000}
 
 
-def costs(config: RunConfig, *, students: tuple[StudentConfig, ...] | None = None) -> Any:
+def costs(config: RunConfig, *, students: tuple[RunStudent, ...] | None = None) -> Any:
     """Of a cache with 100 samples of 50 tokens and a replica of 4 GPUs that does 1,000 tokens/s."""
     students = students or config.students
     speed = teacher_speed(config.plan, parameters=None, tensor_parallel_size=4, num_replicas=2)
@@ -433,7 +434,6 @@ def costs(config: RunConfig, *, students: tuple[StudentConfig, ...] | None = Non
         tokens=5000,
         samples=100,
         total_bytes=10**12,
-        students=students,
         readings=readings,
     )
     return speed, readings, pays
@@ -469,14 +469,14 @@ def test_a_cache_that_is_slower_than_its_teacher_never_pays() -> None:
     assert pays.epochs is None
 
 
-def students_of(*methods: str) -> tuple[StudentConfig, ...]:
-    return tuple(StudentConfig.model_validate({"name": m, "model": "s", "method": m}) for m in methods)
+def students_of(*methods: str) -> tuple[RunStudent, ...]:
+    return tuple(RunStudent.model_validate({"name": m, "model": "s", "method": m}) for m in methods)
 
 
 def test_only_students_that_need_the_teacher_count() -> None:
     config = stated_run(tokens_per_s_per_replica=1000.0)
     both = costs(config, students=students_of("genrecal", "sft"))[2]
-    assert both == costs(config)[2]
+    assert both == costs(config, students=students_of("genrecal"))[2]
     assert costs(config, students=students_of("sft"))[2].students is None
     _, readings, pays = costs(config, students=students_of("genrecal", "kd"))
     assert [(reading.method, reading.stage, reading.tiers) for reading in readings] == [
@@ -485,6 +485,36 @@ def test_only_students_that_need_the_teacher_count() -> None:
         ("kd", "distill", ("A", "L")),
     ]
     assert pays.live_gpu_hours_per_student == pytest.approx((400 + 100) / 2 * 50 / 1000 * 4 / 3600)
+
+
+def test_students_cost_what_their_own_settings_say() -> None:
+    values = stated_run(tokens_per_s_per_replica=1000.0, samples=100, question_tokens=40, answer_tokens=10)
+    record = values.model_dump(mode="json") | {
+        "students": [
+            {"name": "one", "model": "s"},
+            {"name": "two", "model": "s", "train": {"align": {"max_steps": 60, "regularization_weight": 0.0}}},
+        ],
+        "matrix": {"distill.max_steps": [1, 7]},
+    }
+    config = RunConfig.model_validate(record)
+    _, readings, pays = costs(config)
+    one, two = ("one-max_steps-1", "one-max_steps-7"), ("two-max_steps-1", "two-max_steps-7")
+    assert [(reading.students, reading.stage, reading.tiers, reading.samples) for reading in readings] == [
+        (one, "align", ("A", "Q"), 300),
+        ((one[0], two[0]), "distill", ("A",), 20),
+        ((one[1], two[1]), "distill", ("A",), 140),
+        (two, "align", ("A",), 600),
+    ]
+    assert [(cost.name, cost.samples) for cost in pays.by_student] == [
+        (one[0], 320),
+        (one[1], 440),
+        (two[0], 620),
+        (two[1], 740),
+    ]
+    hours = [cost.live_gpu_hours for cost in pays.by_student]
+    assert hours[0] == pytest.approx(320 * 50 / 1000 * 4 / 3600)
+    assert pays.live_gpu_hours_per_student == pytest.approx(sum(hours) / 4)
+    assert pays.by_student[3].read_gpu_hours == pytest.approx(740 * 10_000 / 1e9 / 3600)
 
 
 def test_dropped_question_rows_are_not_read() -> None:
