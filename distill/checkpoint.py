@@ -21,7 +21,7 @@ import torch
 from distill.engine import Engine
 from distill.processes import Processes
 from teacher_cache.documents import decode_document, encode_document
-from teacher_cache.durable_files import FileDigest, digest_file, remove, sync_folder, sync_tree
+from teacher_cache.durable_files import FileDigest, digest_file, remove, sync_folder, sync_names_above, sync_tree
 from teacher_cache.errors import CacheCorrupt, CheckpointError
 from teacher_cache.manifest import identity_differences
 
@@ -169,6 +169,7 @@ def commit(tag: Path, record: Record) -> None:
     """Make a tag durable and let it count."""
     digests = {name: [digest.size_bytes, digest.blake3] for name, digest in sync_tree(tag).items()}
     sync_folder(tag.parent)
+    sync_names_above(tag.parent)
     write_durably(tag / RECORD, encode_document({**vars(record), "files": digests}))
 
 

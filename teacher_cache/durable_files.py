@@ -49,6 +49,13 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_names_above(path: Path) -> None:
+    """Make the names durable that lead to a path, as far up as this process may look: others may have made them."""
+    for folder in path.resolve().parents:
+        with suppress(OSError):
+            sync_folder(folder)
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Give a file these bytes at once and durably, whatever it held; a crash leaves the old ones or the new ones."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -6,15 +6,15 @@ disk, in any order, and a write may be there in part. Stricter than ext4, xfs or
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from blake3 import blake3
 
-from tests.reliability.shim import Killed, Point, Step, intercept, stop_at
+from tests.reliability.shim import Killed, Point, React, Step, intercept, stop_at
 
 Extent = Literal["whole", "half", "zeros"]
 
@@ -163,8 +163,13 @@ class Recorder:
         self.moments[-1] = replace(self.moments[-1], acknowledged=self._acknowledged)
 
     @contextmanager
-    def following(self, *, stop: Point | None = None) -> Iterator[None]:
-        """Follow what is done within the block; from ``stop`` on nothing is done any more, as after a kill."""
+    def following(
+        self, *, stop: Point | None = None, steps: Callable[[React], AbstractContextManager[object]] = intercept
+    ) -> Iterator[None]:
+        """Follow what is done within the block; from ``stop`` on nothing is done any more, as after a kill.
+
+        ``steps`` shows each step to a function: those of local stores, or of something else.
+        """
         stopping = None if stop is None else stop_at(stop)
 
         def react(step: Step) -> None:
@@ -172,7 +177,7 @@ class Recorder:
                 stopping(step)
             self._take(step)
 
-        with intercept(react), suppress(Killed):
+        with steps(react), suppress(Killed):
             yield
 
     def _take(self, step: Step) -> None:
