@@ -34,6 +34,7 @@ LONGEST_FIRST = (
     "tests/launch/test_submit_slurm_cluster.py",
     "tests/launch/test_submit_ray_cluster.py",
     "tests/launch/test_launchers.py",
+    "tests/launch/test_suites_run.py",
     "tests/reliability/test_mutants.py",
     "tests/reliability/test_training_kill.py",
     "tests/distill/test_zero.py",
