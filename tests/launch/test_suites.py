@@ -141,6 +141,14 @@ def test_what_cannot_run_is_refused_before_anything_does(
     assert calls(student) == []
 
 
+def test_a_suite_runs_without_its_judge_on_request(
+    student: Path, environment_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    evaluate(student, environment_folder, "mmvet", "--without-judge")
+    assert calls(student) == ["mmvet"]
+
+
 def test_a_judge_is_asked_for_by_the_interface_in_use(environment_folder: Path) -> None:
     environment = open_environment(environment_folder)
     suites = [environment.suite("mmmu"), environment.suite("mathverse"), environment.suite("mmb-static")]
