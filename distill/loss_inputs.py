@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.linear_head import LinearHead
+from distill.refusals import all_finite
 
 NAMED_SAMPLES = 3
 
@@ -77,7 +78,10 @@ class ValueCheck:
     def __init__(self, inputs: RowInputs, *, vocab_size: int) -> None:
         self._inputs = inputs
         self._vocab_size = vocab_size
-        self._any_bad = torch.stack([bad.any() for bad in self._bad_rows().values()]).any()
+        rows = [rows for rows in (inputs.rows, inputs.teacher_rows) if rows is not None]
+        self._any_bad = torch.stack(
+            [*(~all_finite(one) for one in rows), *(bad.any() for bad in self._bad_ids().values())]
+        ).any()
         self._on_host, self._copied = self._any_bad, None
         if self._any_bad.is_cuda:
             self._on_host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self._any_bad, non_blocking=True)
@@ -106,12 +110,17 @@ class ValueCheck:
 
     def _bad_rows(self) -> dict[str, Tensor]:
         """Return, per problem, which rows have it."""
-        inputs = self._inputs
-        found = {"rows": ~inputs.rows.isfinite().all(1)}
+        named = {"rows": self._inputs.rows, "teacher_rows": self._inputs.teacher_rows}
+        return {
+            **{name: ~rows.isfinite().all(1) for name, rows in named.items() if rows is not None},
+            **self._bad_ids(),
+        }
+
+    def _bad_ids(self) -> dict[str, Tensor]:
+        """Return the same for what is cheap to look at one by one: labels and the teacher's top-k."""
+        inputs, found = self._inputs, {}
         if inputs.labels is not None:
             found["labels"] = (inputs.labels < 0) | (inputs.labels >= self._vocab_size)
-        if inputs.teacher_rows is not None:
-            found["teacher_rows"] = ~inputs.teacher_rows.isfinite().all(1)
         if inputs.topk_ids is not None and inputs.topk_logprobs is not None:
             found["topk_ids"] = ((inputs.topk_ids < 0) | (inputs.topk_ids >= self._vocab_size)).any(1)
             found["topk_logprobs"] = ~(inputs.topk_logprobs <= 1e-3).all(1)

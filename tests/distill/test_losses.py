@@ -17,6 +17,7 @@ from distill.losses import (
     reverse_kl,
     topk_forward_kl,
 )
+from distill.refusals import all_finite
 
 HEADS = {
     "plain": {},
@@ -326,3 +327,15 @@ def test_topk_forward_kl_stands_a_teacher_without_tail():
 def test_feature_mse_is_a_mean_over_the_hidden_axis():
     rows = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
     torch.testing.assert_close(feature_mse(rows, torch.zeros(2, 2)), torch.tensor([5.0, 0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_value_that_is_not_finite_is_seen_anywhere(dtype: torch.dtype) -> None:
+    rows = torch.full((7, 33), torch.finfo(dtype).max, dtype=dtype)  # whose sum would overflow
+    assert all_finite(rows)
+    assert all_finite(rows[:0])
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in range(rows.numel()):
+            changed = rows.clone()
+            changed.view(-1)[place] = bad
+            assert not all_finite(changed)
