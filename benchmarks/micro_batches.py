@@ -32,7 +32,7 @@ class Settings:
     pairs: int
 
 
-FULL = Settings(hidden_size=256, layers=4, samples=16, micro_batch_size=4, median_tokens=300, pairs=5)
+FULL = Settings(hidden_size=128, layers=2, samples=16, micro_batch_size=4, median_tokens=64, pairs=5)
 QUICK = Settings(hidden_size=64, layers=1, samples=4, micro_batch_size=2, median_tokens=20, pairs=2)
 SPREAD = 0.6
 """Standard deviation of the logarithm of the lengths."""
