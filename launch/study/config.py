@@ -54,6 +54,8 @@ class StudyStudent(StudyModel):
 
     family: Family
     """Architecture and tokenizer; qwen2-vl has the teacher's tokenizer, the others have their own."""
+    patch_size: int | None = Field(default=None, gt=0)
+    """Pixels along a patch of the image; the shape's own by default. Larger patches are fewer image tokens."""
     max_digits: int | None = Field(default=None, gt=0)
     """Handwritten digits that it has seen; all training digits by default."""
 

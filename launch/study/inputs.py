@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.study.config import Family, StudyConfig, StudyStudent, StudyTeacher
+from launch.study.config import StudyConfig, StudyStudent, StudyTeacher
 from launch.study.grid import Cell, plan_cells
 from teacher_cache.config import CacheConfig, DataConfig, TeacherConfig
 from teacher_cache.errors import ConfigError
@@ -146,7 +146,7 @@ def make_model(config: StudyConfig, name: str) -> None:
         copy_trained_teacher(path)
         return
     train_model(
-        TEACHER if isinstance(model, StudyTeacher) else student_spec(model.family),
+        TEACHER if isinstance(model, StudyTeacher) else student_spec(model),
         path,
         name=name,
         steps=model.steps,
@@ -157,14 +157,17 @@ def make_model(config: StudyConfig, name: str) -> None:
     )
 
 
-def student_spec(family: Family) -> "ModelSpec":
+def student_spec(student: StudyStudent) -> "ModelSpec":
     """Return the shape of a student: the demo's, or the teacher's family and tokenizer in the students' size."""
     from launch.demo.make_models import INTERNVL, STUDENTS, TEACHER
 
-    if family != "qwen2-vl":
-        return STUDENTS[family]
     sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-    return replace(TEACHER, **{name: getattr(INTERNVL, name) for name in sizes})
+    spec = (
+        replace(TEACHER, **{name: getattr(INTERNVL, name) for name in sizes})
+        if student.family == "qwen2-vl"
+        else STUDENTS[student.family]
+    )
+    return spec if student.patch_size is None else replace(spec, patch_size=student.patch_size)
 
 
 def build_cache(config: StudyConfig, teacher: str, name: str) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 GAP_TITLES = {"question": "all", "boundary": "boundary", "rest": "other"}
-REGULARIZED, FREE = "genrecal", "no-regularization"
+REGULARIZED, FREE = "genrecal", "genrecal_no_regularization"
 """Arms whose features are compared, with the regularization and without."""
 FIGURES = {
     "accuracy": "Accuracy by arm; points of a student without a teacher are untouched and SFT.",

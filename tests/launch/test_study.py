@@ -94,7 +94,7 @@ def test_a_run_without_a_teacher_is_made_once_and_scaled_ones_come_last() -> Non
     assert [cell.seed for cell in cells if cell.arm.name == "untouched"] == [0, 0, 0]
     scaled = [cell.arm.equal_flops is not None for cell in cells]
     assert scaled == sorted(scaled)
-    assert {cell.arm.name for cell in cells[:25]} == {"untouched", "sft", "genrecal", "stand-ins", "uld"}
+    assert {cell.arm.name for cell in cells[:25]} == {"untouched", "sft", "genrecal", "genrecal_stand_ins", "uld"}
 
 
 def test_what_decides_a_run_changes_its_folder(small: dict[str, Any]) -> None:
@@ -113,8 +113,8 @@ def test_arms_read_the_tiers_that_their_losses_need(small: dict[str, Any]) -> No
     tiers = {arm.name: read_tiers(arm, train=config.train_config(arm, seed=0)) for arm in config.arms}
     assert tiers["untouched"] == tiers["sft"] == set()
     assert tiers["genrecal"] == {"A", "Q"}
-    assert tiers["no-regularization"] == {"A"}
-    assert tiers["stand-ins"] == {"A", "Q", "L"}
+    assert tiers["genrecal_no_regularization"] == {"A"}
+    assert tiers["genrecal_stand_ins"] == {"A", "Q", "L"}
 
 
 def test_differences_are_paired_by_student_teacher_and_seed() -> None:
@@ -258,7 +258,7 @@ def study(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("study")
     values = small | {"output_dir": str(folder / "run"), "report_dir": str(folder / "report")}
     internvl = {"student": "internvl", "teacher": "strong"}
-    values["grid"] = [{"arms": ["kd-forward"], "pairs": [internvl], "seeds": [0]}, *small["grid"]]
+    values["grid"] = [{"arms": ["kd_forward"], "pairs": [internvl], "seeds": [0]}, *small["grid"]]
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(values))
     with (folder / "first.txt").open("w") as log:
@@ -292,7 +292,7 @@ def test_every_run_but_the_one_that_cannot_work_has_its_row(study: Path) -> None
     }
     assert found == expected | {("teacher", None, "strong", None)}
     (failure,) = read_failures(config)
-    assert failure.name == "kd-forward internvl from strong seed 0"
+    assert failure.name == "kd_forward internvl from strong seed 0"
     assert "method kd needs the teacher's tokenizer" in failure.error
     assert failure.name in (study / "stderr.txt").read_text()
 
@@ -303,7 +303,7 @@ def test_rows_hold_their_figures(study: Path) -> None:
     genrecal, sft, untouched = (rows[arm, 0] for arm in ("genrecal", "sft", "untouched"))
     assert untouched["student_flops"] == untouched["total_flops"] == untouched["seconds"] == 0
     assert 0 < sft["student_flops"] == sft["total_flops"] < genrecal["student_flops"] < genrecal["total_flops"]
-    assert sft["cache_bytes"] == 0 < rows["no-regularization", 0]["cache_bytes"] < genrecal["cache_bytes"]
+    assert sft["cache_bytes"] == 0 < rows["genrecal_no_regularization", 0]["cache_bytes"] < genrecal["cache_bytes"]
     assert genrecal["align_question_gap"] is not None
     assert rows["genrecal@distill", 0]["student_flops"] < genrecal["student_flops"]
     for one in rows.values():
@@ -318,7 +318,7 @@ def test_rows_hold_their_figures(study: Path) -> None:
 def test_steps_are_scaled_to_the_flops_of_another_arm(study: Path) -> None:
     rows = {(one["arm"], one["seed"]): one for one in table(study) if one["student"] == "internvl"}
     ratio = rows["genrecal", 0]["total_flops"] / rows["sft", 0]["student_flops"]
-    scaled = study / "run" / rows["sft-equal-total-flops", 0]["folder"]
+    scaled = study / "run" / rows["sft_equal_total_flops", 0]["folder"]
     assert len(list(metrics(scaled, "distill"))) == round(2 * ratio)
 
 
@@ -339,7 +339,7 @@ def test_the_page_holds_claims_and_tables_and_keeps_its_other_text(study: Path) 
     first = page.read_text()
     assert "| GenRecal beats SFT | 76.4 against 69.2 | genrecal > sft |" in first
     assert "### internvl from strong" in first
-    assert "Failed: kd-forward internvl from strong seed 0" in first
+    assert "Failed: kd_forward internvl from strong seed 0" in first
     for link in ("accuracy", "accuracy-by-flops", "accuracy-by-cache", "shuffle-gap", "features", "cosines"):
         assert f"report/{link}.svg" in first
         assert (study / "report" / f"{link}.svg").stat().st_size > 1000
