@@ -117,9 +117,7 @@ def load_resharded(engine: Any, model: StageModel, tag: Path, *, processes: Proc
     engine._config.load_universal_checkpoint = True
     engine.load_checkpoint(str(tag.parent), tag=tag.name)
     engine._config.load_universal_checkpoint = False
-    for state in engine.optimizer.optimizer.state.values():
-        # DeepSpeed gives all groups the same tensor, which each of them would count up
-        state["step"] = state["step"].clone() if isinstance(state["step"], Tensor) else state["step"]
+    separate_steps(engine.optimizer.optimizer)
     rest = load_file(tag / REST)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -135,6 +133,17 @@ def load_resharded(engine: Any, model: StageModel, tag: Path, *, processes: Proc
     if processes.rank == 0:
         require_same_tensors(expected, found, where=tag)
     processes.barrier()
+
+
+def separate_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give every group a step count of its own beside its parameters.
+
+    DeepSpeed gives all of them one tensor in main memory: each would count it up, and a fused update on a GPU reads it
+    as if it were there.
+    """
+    for parameter, state in optimizer.state.items():
+        if isinstance(state["step"], Tensor):
+            state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def tensor_digests(tensors: ZeroTensors) -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 
 from distill.config import StudentConfig, TrainConfig
 from distill.processes import Processes
+from distill.reshard import separate_steps
 from distill.trainer import train_student
 from distill.zero import launched_processes
 from teacher_cache.errors import ConfigError
@@ -34,6 +35,19 @@ def test_another_number_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="backend torch"), launched_processes(backend="torch", num_processes=2):
         pass
+
+
+def test_steps_of_a_converted_checkpoint_lie_beside_their_parameters() -> None:
+    shared = torch.tensor(3.0)
+    parameters = [torch.nn.Parameter(torch.zeros(2, device=device)) for device in ("cpu", "cpu", "meta")]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    for parameter in parameters:
+        optimizer.state[parameter]["step"] = shared
+    separate_steps(optimizer)
+    first, second, other = (optimizer.state[parameter]["step"] for parameter in parameters)
+    first += 1
+    assert (float(first), float(second), float(shared)) == (4.0, 3.0, 3.0)
+    assert other.device == parameters[2].device
 
 
 def settings(**changes: Any) -> dict[str, Any]:
