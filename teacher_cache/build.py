@@ -124,7 +124,8 @@ def ray_session(*, num_cpus: float, insecure: bool, log_to_driver: bool = False)
     options: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS", "local")}
     if options["address"] == "local":
         options |= {"include_dashboard": False, "num_cpus": max(math.ceil(num_cpus), os.cpu_count() or 1)}
-    if not insecure:
+    # Ray that was imported before and told no mode chooses when it starts a cluster: that one is looked at below
+    if not insecure and (options["address"] != "local" or "RAY_AUTH_MODE" in os.environ):
         require_private(token_exposure(os.environ), allowance=_ALLOWANCE)
     ray.init(**options, log_to_driver=log_to_driver, logging_level=logging.WARNING)
     try:
