@@ -188,9 +188,10 @@ def _accumulate(
 
 
 def _seed_dropout(seed: int, *, device: torch.device) -> None:
-    """Seed the generator of a device; torch.manual_seed keeps a stack trace per call where there is no GPU."""
-    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
-    generator.manual_seed(seed)
+    """Seed the CPU's generator and a GPU's: torch.manual_seed keeps a stack trace per call where there is no GPU."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def _find_fault(

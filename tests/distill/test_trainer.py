@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from distill import step
 from distill.metrics import learning_rate
 from distill.student import load_student, name_parts
 from distill.trainer import train_student
@@ -37,6 +38,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2_vl: Path) -> Cach
     folder = tmp_path_factory.mktemp("trainer")
     data = write_data(folder / "data", num_samples=13, text_only=(3, 9), multi_turn=(2, 7))
     return build_small_cache(folder, teacher=tiny_qwen2_vl, data=data, without_question_rows=("s001", "s005"))
+
+
+def test_what_is_drawn_on_the_cpu_is_seeded_beside_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (gpu,))
+    step._seed_dropout(7, device=torch.device("cuda", 0))
+    assert torch.default_generator.initial_seed() == gpu.initial_seed() == 7
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
