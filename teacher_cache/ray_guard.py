@@ -3,6 +3,7 @@
 Whoever reaches a cluster that asks for no token runs commands as its user.
 """
 
+import http.client
 import stat
 import urllib.error
 import urllib.request
@@ -35,7 +36,7 @@ def token_exposure(environment: Mapping[str, str]) -> Exposure | None:
         environment: With RAY_AUTH_MODE and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, where they are set.
     """
     mode = environment.get("RAY_AUTH_MODE")
-    if mode != "token":
+    if mode is None or mode.lower() != "token":
         return Exposure(
             found=f"RAY_AUTH_MODE is {mode or 'not set'}: whoever reaches the cluster runs code as you",
             remedy="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on all nodes and here",
@@ -67,10 +68,11 @@ def cluster_exposure(address: str) -> Exposure | None:
 
     Raises:
         OSError: There is no dashboard.
-        GenrecalError: The control store says nothing within ``ANSWER_TIMEOUT_S``.
+        GenrecalError: The dashboard neither answers nor refuses, or the control store says nothing within
+            ``ANSWER_TIMEOUT_S``.
     """
     is_dashboard = address.startswith(("http://", "https://"))
-    if not (dashboard_status(address) == 200 if is_dashboard else _answers_without_token(address)):
+    if not (_lists_jobs(address) if is_dashboard else _answers_without_token(address)):
         return None
     return Exposure(
         found=f"the Ray cluster at {address} answers without a token, so whoever reaches it can run commands there",
@@ -90,12 +92,24 @@ def dashboard_status(address: str) -> int:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"{address} does not speak HTTP") from error
 
 
 def require_private(exposure: Exposure | None, *, allowance: str) -> None:
     """Raise ConfigError, which names the remedy and what allows it, where others may run commands on a cluster."""
     if exposure is not None:
         raise ConfigError(f"{exposure.found}: {exposure.remedy}, or allow it with {allowance}")
+
+
+def _lists_jobs(address: str) -> bool:
+    status = dashboard_status(address)
+    if status != 200 and status not in REFUSALS:
+        raise GenrecalError(
+            f"{address} answers {status} to who has no token, expected 200, 401 or 403: check that "
+            "this is a Ray dashboard, and its logs"
+        )
+    return status == 200
 
 
 def _answers_without_token(address: str) -> bool:

@@ -154,6 +154,28 @@ def test_without_a_token_no_cluster_is_started_or_joined(
     assert ray.calls == []
 
 
+@pytest.mark.parametrize("mode", ["token", None])
+def test_ray_that_was_imported_without_a_mode_is_looked_at_when_it_has_started(
+    mode: str | None, environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment(RAY_AUTH_TOKEN=TOKEN["RAY_AUTH_TOKEN"])
+
+    class Unset(Ray):
+        def init(self, **options: Any) -> None:
+            super().init(**options)
+            if mode is not None:
+                monkeypatch.setenv("RAY_AUTH_MODE", mode)
+
+    with control_store(ask_for_token) as address:
+        ray = Unset(address)
+        if mode is None:
+            with pytest.raises(ConfigError, match="RAY_AUTH_MODE is not set"):
+                session_calls(ray, monkeypatch)
+            assert ray.calls == ["local", "shutdown"]
+        else:
+            assert session_calls(ray, monkeypatch) == ["local", "used", "shutdown"]
+
+
 def test_a_token_that_others_may_read_is_refused(
     environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -113,6 +113,15 @@ def test_a_cluster_without_a_token_is_refused(open_dashboard: str) -> None:
         connect(open_dashboard, insecure=False)
 
 
+def test_what_neither_answers_nor_refuses_gets_no_work(open_dashboard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dashboard, "status", 500)
+    with pytest.raises(GenrecalError, match=r"answers 500.*expected 200, 401 or 403"):
+        connect(open_dashboard, insecure=False)
+    monkeypatch.setattr(Dashboard, "protocol_version", "no HTTP")
+    with pytest.raises(GenrecalError, match="no Ray dashboard"):
+        connect(open_dashboard, insecure=False)
+
+
 def test_a_dashboard_that_is_not_there_is_named() -> None:
     with pytest.raises(GenrecalError, match=r"no Ray dashboard at http://127\.0\.0\.1:1"):
         connect("http://127.0.0.1:1", insecure=True)
