@@ -47,15 +47,18 @@ def fetch_command(argv: Sequence[str]) -> int:
         attempts=options.attempts,
     )
     summary = fetch_data(Path(options.source), Path(options.target), fetcher=fetcher)
+    # a query may be a signature
+    refused = [
+        {"url": redact(url.partition("?")[0]), "reason": redact(reason)} for url, reason in summary.refused.items()
+    ]
     if options.json:
-        print_json(summary)
+        print_json({**vars(summary), "refused": refused})
     else:
-        refused = [redact(f"{url.partition('?')[0]}: {reason}") for url, reason in summary.refused.items()]
         print_facts(
             {
                 "data": f"{options.target}: {count_of(summary.rows, 'row')}",
                 "images": f"{summary.fetched:,} fetched, {summary.present:,} there before, {len(refused):,} refused",
-                "refused": first_of(refused),
+                "refused": first_of([f"{image['url']!r}: {image['reason']}" for image in refused]),
             }
         )
     return 3 if summary.refused else 0

@@ -49,6 +49,12 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Make the bytes of a file durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_names_above(path: Path) -> None:
     """Make the names durable that lead to a path, as far up as this process may look: others may have made them."""
     for folder in path.resolve().parents:
@@ -86,8 +92,7 @@ def sync_tree(folder: Path) -> dict[str, FileDigest]:
         for name in sorted(names):
             path = Path(parent, name)
             digests[path.relative_to(folder).as_posix()] = digest_file(path)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
         sync_folder(Path(parent))
     return dict(sorted(digests.items()))
 

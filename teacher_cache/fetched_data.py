@@ -7,6 +7,7 @@ to nobody. An image that is there is not fetched again.
 import hashlib
 import itertools
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from typing import Any, Final
 
 import pyarrow.parquet
 
-from teacher_cache.durable_files import replace_file, sync_folder
-from teacher_cache.errors import ConfigError
+from teacher_cache.durable_files import replace_file, sync_file, sync_folder
+from teacher_cache.errors import ConfigError, SampleError
 from teacher_cache.image_fetch import FetchError, ImageFetcher
-from teacher_cache.samples import read_rows
+from teacher_cache.samples import decode_image, read_rows
 
 ROWS_AT_ONCE: Final = 64
 THREADS: Final = 8
@@ -44,12 +45,18 @@ class _Images:
         self.folder, self._fetcher = folder, fetcher
         self.fetched = self.present = 0
         self.refused: dict[str, str] = {}
+        self._seen: set[str] = set()
+        # Pillow's warnings are turned into errors for the whole process while an image is opened
+        self._decoding = threading.Lock()
 
     def make(self, urls: Iterable[str]) -> None:
         """Fetch what is not there."""
-        wanted = [url for url in dict.fromkeys(urls) if url not in self.refused]
+        wanted = [url for url in dict.fromkeys(urls) if url not in self._seen]
+        self._seen.update(wanted)
         missing = [url for url in wanted if not self.path(url).is_file()]
         self.present += len(wanted) - len(missing)
+        if missing:
+            self.folder.mkdir(exist_ok=True)
         with ThreadPoolExecutor(THREADS) as threads:
             for url, reason in zip(missing, threads.map(self._fetch, missing), strict=True):
                 if reason is None:
@@ -63,9 +70,12 @@ class _Images:
 
     def _fetch(self, url: str) -> str | None:
         try:
-            replace_file(self.path(url), self._fetcher.fetch(url))
-        except FetchError as error:
+            data = self._fetcher.fetch(url)
+            with self._decoding:
+                decode_image(data, sample_id=url)
+        except (FetchError, SampleError) as error:
             return str(error)
+        replace_file(self.path(url), data)
         return None
 
 
@@ -81,11 +91,16 @@ def fetch_data(source: Path, target: Path, *, fetcher: ImageFetcher) -> FetchSum
     if source.resolve().parent != target.resolve().parent:
         raise ConfigError(f"{target} must lie beside {source}, so that paths of other images stay right")
     images = _Images(target.with_name(f"{target.stem}-images"), fetcher)
-    images.folder.mkdir(exist_ok=True)
     rows = _with_paths((row for _, row in read_rows(source)), images)
     temporary = target.with_name(f".{target.name}.tmp")
-    count = _write_parquet(rows, source, temporary) if source.suffix == ".parquet" else _write_lines(rows, temporary)
-    temporary.replace(target)
+    try:
+        is_parquet = source.suffix == ".parquet"
+        count = _write_parquet(rows, source, temporary) if is_parquet else _write_lines(rows, temporary)
+        sync_file(temporary)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(target.resolve().parent)
     return FetchSummary(rows=count, fetched=images.fetched, present=images.present, refused=images.refused)
 
@@ -98,7 +113,8 @@ def _with_paths(rows: Iterator[Any], images: _Images) -> Iterator[Any]:
 
 
 def _images_of(row: Any) -> list[Any]:
-    return list(row.get("images") or ()) if isinstance(row, Mapping) else []
+    found = row.get("images") if isinstance(row, Mapping) else None
+    return found if isinstance(found, list) else []
 
 
 def _url(image: Any) -> str | None:
@@ -126,9 +142,12 @@ def _write_lines(rows: Iterator[Any], path: Path) -> int:
 
 
 def _write_parquet(rows: Iterator[Any], source: Path, path: Path) -> int:
-    count, schema = 0, pyarrow.parquet.read_schema(source)
+    # before the schema, since a file that is none is named here
+    count, batch = 0, list(itertools.islice(rows, ROWS_AT_ONCE))
+    schema = pyarrow.parquet.read_schema(source)
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-        while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        while batch:
             writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
             count += len(batch)
+            batch = list(itertools.islice(rows, ROWS_AT_ONCE))
     return count

@@ -37,8 +37,8 @@ def public_endpoints(host: str) -> list[Endpoint]:
     """
     try:
         found = socket.getaddrinfo(host, HTTPS_PORT, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise FetchError(f"{host} does not resolve", is_temporary=True) from error
+    except (OSError, UnicodeError) as error:  # the latter for labels of no or too many letters
+        raise FetchError(f"{host} does not resolve", is_temporary=isinstance(error, OSError)) from error
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     if not all(map(is_public, addresses)):
         raise FetchError(f"{host} leads to an address that is not public")
@@ -46,16 +46,15 @@ def public_endpoints(host: str) -> list[Endpoint]:
 
 
 def is_public(address: str) -> bool:
-    """Tell whether an address is one of the public internet, with what is inside of IPv6 forms of IPv4 addresses."""
+    """Tell whether an address is one of the public internet; IPv6 forms that hold an IPv4 address are none."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if inner or ip in _NAT64:
-            return False
+    if isinstance(ip, ipaddress.IPv6Address) and (ip not in _UNICAST or ip.sixtofour or ip.teredo):
+        return False
     return ip.is_global and not ip.is_multicast
 
 
-_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST: Final = ipaddress.ip_network("2000::/3")
+"""All of IPv6 that is given out to the public; mapped, translated and site-local addresses lie outside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +138,7 @@ class ImageFetcher:
             raise FetchError(f"answered with status {answer.status}", is_temporary=answer.status in BUSY)
         kind = (answer.getheader("Content-Type") or "").partition(";")[0].strip().lower()
         if not kind.startswith("image/") or answer.getheader("Content-Encoding"):
-            raise FetchError(f"answered with {kind or 'no content type'}, expected an image")
+            raise FetchError(f"answered with {ascii(kind[:60]) if kind else 'no content type'}, expected an image")
         if answer.length is not None and answer.length > self.max_bytes:
             raise FetchError(f"{answer.length} bytes, allowed are {self.max_bytes}")
 
@@ -156,6 +155,9 @@ class ImageFetcher:
 
 class _Connection(http.client.HTTPConnection):
     """A connection to an address that was looked at, under the name that its certificate must have; ends in time."""
+
+    default_port = HTTPS_PORT
+    """Left out of the Host header, which signed URLs are signed with."""
 
     def __init__(self, host: str, endpoint: Endpoint, *, timeout_s: float, context: ssl.SSLContext) -> None:
         super().__init__(host, HTTPS_PORT)

@@ -225,7 +225,7 @@ def _image_bytes(image: Any, *, image_root: Path) -> bytes:
     if not isinstance(image, str) or not image:
         raise bad_row(f"an image is given as {type(image).__name__}; expected a path, bytes or both in a record")
     if "://" in image:
-        raise bad_row(f"image {image!r} is a URL; download the images and give their paths")
+        raise bad_row(f"image {image!r} is a URL: run `genrecal data fetch` first, which makes files of URLs")
     root = image_root.resolve()
     try:
         path = (root / image).resolve()
