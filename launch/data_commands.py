@@ -37,6 +37,8 @@ def fetch_command(argv: Sequence[str]) -> int:
     options = parser.parse(argv)
     if min(options.max_mib, options.timeout_s, options.attempts) <= 0:
         parser.error("--max-mib, --timeout-s and --attempts must be greater than 0")
+    if any(not host or set(host) & set("/:@") for host in options.host):
+        parser.error("--host takes the name of a host, such as images.example.org, without https:// and port")
     from teacher_cache.fetched_data import fetch_data
     from teacher_cache.image_fetch import ImageFetcher
 

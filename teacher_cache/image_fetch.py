@@ -126,7 +126,7 @@ class ImageFetcher:
         last: OSError | None = None
         for endpoint in self.resolve(host):
             try:
-                return _Connection(host, endpoint, timeout_s=_left(end), context=self.context)
+                return _Connection(host, endpoint, end=end, context=self.context)
             except ssl.SSLCertVerificationError as error:
                 raise FetchError(f"{host}: its certificate is not valid") from error
             except OSError as error:
@@ -159,12 +159,12 @@ class _Connection(http.client.HTTPConnection):
     default_port = HTTPS_PORT
     """Left out of the Host header, which signed URLs are signed with."""
 
-    def __init__(self, host: str, endpoint: Endpoint, *, timeout_s: float, context: ssl.SSLContext) -> None:
+    def __init__(self, host: str, endpoint: Endpoint, *, end: float, context: ssl.SSLContext) -> None:
         super().__init__(host, HTTPS_PORT)
-        plain = socket.create_connection(endpoint, timeout=timeout_s)
+        plain = socket.create_connection(endpoint, timeout=_left(end))
         # a server that sends a byte now and then never runs into the timeout of a socket
         self._twin = plain.dup()
-        self._cut = threading.Timer(timeout_s, _shut, [self._twin])
+        self._cut = threading.Timer(end - time.monotonic(), _shut, [self._twin])
         self._cut.start()
         try:
             # a connection that is cut must not pass for the end of the image

@@ -97,6 +97,7 @@ def test_the_command_names_what_it_did_not_fetch(tmp_path: Path, capsys: pytest.
     assert json.loads(target.read_text())["images"] == [url]
     assert main(command) == 2
     assert main([*command, "--host", HOST, "--attempts", "0"]) == 2
+    assert main([*command, "--host", f"https://{HOST}/"]) == 2
     with pytest.raises(ConfigError, match="must lie beside"):
         fetch_data(
             source,

@@ -1,6 +1,8 @@
 """S10: images are fetched from named hosts at public addresses only, within limits."""
 
 import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,25 @@ def test_a_server_that_drips_is_cut_off(port: int, pem: Path) -> None:
         fetcher(port, pem, timeout_s=0.3, attempts=1).fetch(f"https://{HOST}/drip")
     with pytest.raises(FetchError, match="TimeoutError"):
         fetcher(port, pem, timeout_s=0.0, attempts=1).fetch(f"https://{HOST}/image.png")
+
+
+def test_the_time_of_connecting_counts(port: int, pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[float] = []
+    connect, timer = socket.create_connection, threading.Timer
+
+    def connect_late(*arguments: Any, **options: Any) -> socket.socket:
+        time.sleep(0.2)
+        return connect(*arguments, **options)
+
+    def take_note(seconds: float, *arguments: Any) -> threading.Timer:
+        left.append(seconds)
+        return timer(seconds, *arguments)
+
+    monkeypatch.setattr(socket, "create_connection", connect_late)
+    monkeypatch.setattr(threading, "Timer", take_note)
+    fetcher(port, pem, timeout_s=30.0).fetch(f"https://{HOST}/image.png")
+    assert len(left) == 1
+    assert left[0] <= 29.8
 
 
 def test_a_certificate_of_another_name_is_refused(port: int, pem: Path) -> None:
