@@ -17,7 +17,7 @@ from launch.clusters.journal import Submission, append
 from launch.clusters.submission import Outcome, frozen_run_file, now, submit_folder
 from launch.run_config import RunConfig
 from teacher_cache.errors import ConfigError, GenrecalError
-from teacher_cache.ray_guard import cluster_exposure, require_private
+from teacher_cache.ray_guard import cluster_exposure, require_private, token_exposure
 
 ACTIVE = ("PENDING", "RUNNING")
 
@@ -123,7 +123,8 @@ def connect(address: str, *, insecure: bool) -> Any:
     """Return Ray's client of a cluster that asks for a token.
 
     Raises:
-        ConfigError: It answers without one, and ``insecure`` does not allow that; or the token is not accepted.
+        ConfigError: It answers without one, or others may read ours, and ``insecure`` does not allow that; or the token
+            is not accepted.
         GenrecalError: It does not answer.
     """
     try:
@@ -131,7 +132,7 @@ def connect(address: str, *, insecure: bool) -> Any:
     except OSError as error:
         raise GenrecalError(f"no Ray dashboard at {address}: is the cluster running, and the address right?") from error
     if not insecure:
-        require_private(exposure, allowance="--insecure")
+        require_private(exposure or token_exposure({**os.environ, "RAY_AUTH_MODE": "token"}), allowance="--insecure")
     # Ray reads its mode when it is imported
     os.environ["RAY_AUTH_MODE"] = "token" if exposure is None else "disabled"
     from ray.exceptions import AuthenticationError

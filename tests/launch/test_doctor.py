@@ -154,6 +154,7 @@ def test_stale_build_locks(tmp_path: Path) -> None:
         ({"RAY_ADDRESS": "10.0.0.1:6379"}, "problem", "not set"),
         ({"RAY_ADDRESS": "10.0.0.1:6379", "RAY_AUTH_MODE": "disabled"}, "problem", "disabled"),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "abc-secret"}, "ok", "from the environment"),
+        ({"RAY_AUTH_MODE": "TOKEN", "RAY_AUTH_TOKEN": "abc-secret"}, "ok", "from the environment"),
     ],
 )
 def test_ray_without_a_token_is_a_problem(environment: Mapping[str, str], status: str, text: str) -> None:

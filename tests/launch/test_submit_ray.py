@@ -113,6 +113,19 @@ def test_a_cluster_without_a_token_is_refused(open_dashboard: str) -> None:
         connect(open_dashboard, insecure=False)
 
 
+def test_a_token_that_others_may_read_is_not_sent(
+    open_dashboard: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Dashboard, "status", 401)
+    token = tmp_path / "token"
+    token.write_text("a" * 64)
+    token.chmod(0o640)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    with pytest.raises(ConfigError, match=r"others may use the token.*chmod 600.*--insecure"):
+        connect(open_dashboard, insecure=False)
+
+
 def test_what_neither_answers_nor_refuses_gets_no_work(open_dashboard: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Dashboard, "status", 500)
     with pytest.raises(GenrecalError, match=r"answers 500.*expected 200, 401 or 403"):
