@@ -4,6 +4,7 @@ Whoever reaches a cluster that asks for no token runs commands as its user.
 """
 
 import http.client
+import os
 import stat
 import urllib.error
 import urllib.request
@@ -69,7 +70,7 @@ def cluster_exposure(address: str) -> Exposure | None:
     Raises:
         OSError: There is no dashboard.
         GenrecalError: The dashboard neither answers nor refuses, or the control store says nothing within
-            ``ANSWER_TIMEOUT_S``.
+            ``ANSWER_TIMEOUT_S`` or cannot be reached.
     """
     is_dashboard = address.startswith(("http://", "https://"))
     if not (_lists_jobs(address) if is_dashboard else _answers_without_token(address)):
@@ -115,18 +116,24 @@ def _lists_jobs(address: str) -> bool:
 def _answers_without_token(address: str) -> bool:
     import grpc
 
-    # TLS with certificates of its own, or nothing there: no plain question is answered
-    refusals = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE)
+    unclear = [grpc.StatusCode.DEADLINE_EXCEEDED]
+    # with TLS, Ray answers no plain question, and nobody who has no certificate of its own
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        unclear.append(grpc.StatusCode.UNAVAILABLE)
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         ask: Any = channel.unary_unary(_PROBE)
         try:
             ask(b"", timeout=ANSWER_TIMEOUT_S)
         except grpc.RpcError as error:
             code = error.code()
-            if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+            if code in unclear:
                 raise GenrecalError(
                     f"the Ray cluster at {address} does not say within {ANSWER_TIMEOUT_S:g} s whether it asks for a "
-                    "token: try again when it is less busy"
+                    f"token ({code.name}): try again when it is less busy, from a machine that reaches this address"
                 ) from error
-            return code not in refusals
+            return code not in (
+                grpc.StatusCode.UNAUTHENTICATED,
+                grpc.StatusCode.PERMISSION_DENIED,
+                grpc.StatusCode.UNAVAILABLE,
+            )
         return True

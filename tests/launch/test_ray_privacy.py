@@ -119,7 +119,11 @@ def test_a_control_store_is_private_when_it_refuses_who_has_no_token(monkeypatch
     with control_store(ask_for_token) as address:
         assert cluster_exposure(address) is None
         assert [found.status for found in check_ray({"RAY_ADDRESS": address, **TOKEN})] == ["ok", "ok"]
-    assert cluster_exposure("127.0.0.1:1") is None
+    with pytest.raises(GenrecalError, match="UNAVAILABLE"):
+        cluster_exposure("127.0.0.1:1")
+    with monkeypatch.context() as patch:
+        patch.setenv("RAY_USE_TLS", "1")
+        assert cluster_exposure("127.0.0.1:1") is None
     monkeypatch.setattr(ray_guard, "ANSWER_TIMEOUT_S", 0.1)
     with control_store(say_nothing) as address, pytest.raises(GenrecalError, match="does not say within"):
         cluster_exposure(address)
