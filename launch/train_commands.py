@@ -18,7 +18,7 @@ from launch.provenance import recorded
 from launch.results import Evaluated, collect_results, evaluated_models
 from launch.run_config import EvaluationConfig, RunConfig, parse_run
 from launch.run_students import RunStudent
-from launch.suites.command import add_suite_arguments, evaluate_suites
+from launch.suites.command import add_suite_arguments, evaluate_suites, require_suite
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import ConfigError, DataError
 
@@ -114,12 +114,13 @@ def eval_command(argv: Sequence[str]) -> int:
     parser = eval_parser()
     if parser.parse_known_args(argv)[0].config is None:
         options = parser.parse(argv)
-        if not options.suite:
+        if options.suite is None:
             parser.error("a run file is needed, or --suite and --student")
         return evaluate_suites(options, None)
     options, config = parse_run(parser, argv)
-    if options.suite:
+    if options.suite is not None:
         return evaluate_suites(options, config)
+    require_suite(parser, options)
     setup_logging(Path(config.output_dir) / "logs" / "eval.log")
     evaluate_run(config)
     print(json.dumps(collect_results(config), indent=2))

@@ -13,19 +13,19 @@ def suite_section(run: RunData) -> dict[str, Any] | None:
     if not record.results and not record.failures:
         return None
     students = tuple(dict.fromkeys(result.student for result in record.results))
-    cells: dict[tuple[str, str, str], dict[str, Any]] = {}
+    cells: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     for result in record.results:
         for figure in result.figures:
-            row = cells.setdefault((result.suite, figure.task, figure.metric), {})
+            row = cells.setdefault((result.suite, figure.task, figure.metric, figure.filter), {})
             row[result.student] = _cell(figure, result=result)
     rows = [
         {
             "name": _name(suite, task),
             "task": task,
-            "metric": metric,
+            "metric": metric if kind == "none" else f"{metric} ({kind})",
             "values": [of_students.get(student) for student in students],
         }
-        for (suite, task, metric), of_students in cells.items()
+        for (suite, task, metric, kind), of_students in cells.items()
     ]
     return {
         "students": students,
@@ -56,6 +56,11 @@ def _caption(results: tuple[SuiteResult, ...]) -> str:
     versions = ", ".join(sorted({result.lmms_eval for result in results}))
     judges = sorted({result.judge for result in results if result.judge})
     judged = f" Scored in part by the judge model {', '.join(judges)}." if judges else ""
+    lacking = {
+        known.name for one in results if one.judge is None and (known := suite_of_task(one.suite)) and known.judge
+    }
+    if lacking:
+        judged += f" Without a judge model, so that answers count as wrong or guessed: {', '.join(sorted(lacking))}."
     return (
         f"By lmms-eval {versions}, in the students' own words; ± the standard error that it gives, and the number of "
         f"questions.{judged} A star marks a try on the first questions only."

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
@@ -15,9 +15,7 @@ from launch.arguments import ArgumentParser
 from launch.console import print_table
 from launch.logs import setup_logging
 from launch.provenance import recorded
-from launch.results import evaluated_models
 from launch.run_config import RunConfig
-from launch.suggestions import suggestion
 from launch.suites.environment import (
     DEFAULT_FOLDER,
     Suite,
@@ -28,6 +26,7 @@ from launch.suites.environment import (
 )
 from launch.suites.harness import SuiteFailed, SuiteSettings, SuiteStudent, run_suite
 from launch.suites.results import RECORD, SuiteFailure, SuiteRecord, SuiteResult, read_record, write_record
+from launch.suites.students import find_students, output_folder
 from teacher_cache.config import Dtype
 from teacher_cache.errors import ConfigError, DataError, GenrecalError
 
@@ -72,7 +71,7 @@ def add_suite_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--without-judge",
         action="store_true",
-        help="run suites that ask a judge model without its key too; what they cannot score counts as wrong or guessed",
+        help="run suites that ask a judge model, but ask none; what rules cannot score counts as wrong or guessed",
     )
     group.add_argument(
         "--dtype", choices=get_args(Dtype), default="bfloat16", help="element type in which students compute"
@@ -81,15 +80,27 @@ def add_suite_arguments(parser: ArgumentParser) -> None:
         "--batch-size", type=_positive, default=8, metavar="N", help="questions answered together; by default 8"
     )
     group.add_argument(
-        "--suite-hours", type=float, default=24.0, metavar="H", help="longest time of one suite; by default 24"
+        "--suite-hours", type=_hours, default=24.0, metavar="H", help="longest time of one suite; by default 24"
     )
+
+
+def require_suite(parser: ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse, without `--suite`, the options that would say nothing.
+
+    Raises:
+        ConfigError: One is given.
+    """
+    for action in parser.options():
+        if getattr(options, action.dest, action.default) != action.default:
+            parser.error(f"{action.option_strings[0]} goes with --suite")
 
 
 def evaluate_suites(options: argparse.Namespace, config: RunConfig | None) -> int:
     """Run suites on students, skip what is complete, print all figures; go on after a suite that fails.
 
     Raises:
-        ConfigError: A suite, student or environment is not there, or a judge cannot be asked.
+        ConfigError: A suite, student or environment is not there, a judge cannot be asked, or a try would take the
+            place of a full result.
         SuitesIncomplete: Some suites came to no result.
     """
     environment = open_environment(options.suite_env, include=options.include_path)
@@ -99,24 +110,40 @@ def evaluate_suites(options: argparse.Namespace, config: RunConfig | None) -> in
         raise ConfigError("--suite names no benchmark: give some, as `--suite mmmu,mmvet`")
     if not options.without_judge:
         require_judge(suites)
-    students = _students(options.student, config)
-    output_dir = _output_dir(options.output, config, students)
+    students = find_students(options.student, config)
+    output_dir = output_folder(options.output, config, students)
+    path = output_dir / RECORD
+    if options.limit is not None:
+        _keep_full_results(path, suites=suites, students=students)
     setup_logging(output_dir / "logs" / "suites.log")
-    for suite in suites:
-        _announce(suite)
     settings = SuiteSettings(
         dtype=options.dtype,
         batch_size=options.batch_size,
         limit=options.limit,
         timeout_s=3600 * options.suite_hours,
+        without_judge=options.without_judge,
     )
-    path = output_dir / RECORD
+    for suite in suites:
+        _announce(suite, settings=settings)
+    tasks = None if environment.include is None else folder_digest(environment.include)
     with recorded(lambda: [path], config=config) as run:
-        outcomes = [
-            _evaluate(suite, student=student, output_dir=output_dir, environment=environment, settings=settings)
-            for student in students
-            for suite in suites
-        ]
+        outcomes = []
+        for student in students:
+            weights = folder_digest(student.path)
+            for suite in suites:
+                identity = suite_identity(
+                    suite, student=weights, tasks=tasks, lmms_eval=environment.version, settings=settings
+                )
+                outcomes.append(
+                    _evaluate(
+                        suite,
+                        student=student,
+                        identity=identity,
+                        output_dir=output_dir,
+                        environment=environment,
+                        settings=settings,
+                    )
+                )
         run.counts = any(outcome is not None for outcome in outcomes)
     _print(read_record(path), suites=suites, students=students)
     if failed := [outcome for outcome in outcomes if isinstance(outcome, SuiteFailure)]:
@@ -131,13 +158,13 @@ def _evaluate(
     suite: Suite,
     *,
     student: SuiteStudent,
+    identity: str,
     output_dir: Path,
     environment: SuiteEnvironment,
     settings: SuiteSettings,
 ) -> SuiteResult | SuiteFailure | None:
     """Run a suite on a student and record the outcome; None where it is complete already."""
     path = output_dir / RECORD
-    identity = suite_identity(suite, student=student, environment=environment, settings=settings)
     known = read_record(path).result(student.name, suite.task)
     if known is not None and known.identity == identity:
         logger.info("%s, %s: complete", student.name, suite.task)
@@ -166,7 +193,7 @@ def _evaluate(
             lmms_eval=environment.version,
             dtype=settings.dtype,
             limit=settings.limit,
-            judge=judge_model(os.environ) if suite.judge else None,
+            judge=_judge(suite, settings=settings),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - start, 1),
             figures=figures,
@@ -175,84 +202,64 @@ def _evaluate(
     return outcome
 
 
-def suite_identity(
-    suite: Suite, *, student: SuiteStudent, environment: SuiteEnvironment, settings: SuiteSettings
-) -> str:
-    """Return the digest of what decides the figures: a suite with the same one is not run again."""
+def suite_identity(suite: Suite, *, student: str, tasks: str | None, lmms_eval: str, settings: SuiteSettings) -> str:
+    """Return the digest of what decides the figures: a suite with the same one is not run again.
+
+    Args:
+        suite: What runs.
+        student: Digest of the files of the student.
+        tasks: Digest of the folder with further tasks.
+        lmms_eval: Its version.
+        settings: How it runs.
+    """
     parts = {
-        "student": _digest(student.path),
+        "student": student,
         "suite": suite.task,
-        "lmms_eval": environment.version,
-        "tasks": None if environment.include is None else _digest(environment.include),
-        "judge": judge_model(os.environ) if suite.judge else None,
+        "lmms_eval": lmms_eval,
+        "tasks": tasks,
+        "judge": _judge(suite, settings=settings),
         "dtype": settings.dtype,
         "limit": settings.limit,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
+    """Return the digest of the names and contents of all files in a folder."""
     digest = hashlib.sha256()
-    for file in _files(folder):
-        with file.open("rb") as content:
-            digest.update(f"{file.relative_to(folder)}\0".encode())
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            with path.open("rb") as content:
+                digest.update(f"{path.relative_to(folder)}\0".encode())
+                digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            yield path
+def _judge(suite: Suite, *, settings: SuiteSettings) -> str | None:
+    return judge_model(os.environ) if suite.judge and not settings.without_judge else None
 
 
-def _students(wanted: str | None, config: RunConfig | None) -> list[SuiteStudent]:
-    """Return the students to run: a directory, or those of a run that exist.
+def _keep_full_results(path: Path, *, suites: Sequence[Suite], students: Sequence[SuiteStudent]) -> None:
+    """Refuse to put a try in the place of a result of all questions.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is such a result.
     """
-    models = [] if config is None else [model for model in evaluated_models(config) if model.name != "teacher"]
-    names = [model.name for model in models]
-    if wanted is not None and wanted not in names:
-        if not (Path(wanted) / "config.json").is_file():
-            what = f"is none of the run's ({', '.join(names)}), nor" if names else "is not"
-            raise ConfigError(
-                f"--student {wanted} {what} a directory with a config.json{suggestion(wanted, names)}: "
-                "`genrecal export` writes one"
-            )
-        return [SuiteStudent(name=Path(wanted).resolve().name, path=Path(wanted))]
-    if config is None:
-        raise ConfigError("--suite needs a student: `--student DIR`, or a run file")
-    from distill.student import resolve_model
-
-    students = [
-        SuiteStudent(
-            name=model.name,
-            path=resolve_model(model.model, revision=model.revision),
-            trust_remote_code=model.trust_remote_code,
-        )
-        for model in models
-        if wanted in (None, model.name) and (not model.trained or Path(model.model).exists())
-    ]
-    if not students:
-        raise ConfigError(f"student {wanted} is not trained yet: run `genrecal train` first")
-    return students
+    record = read_record(path)
+    for student in students:
+        for suite in suites:
+            known = record.result(student.name, suite.task)
+            if known is not None and known.limit is None:
+                raise ConfigError(
+                    f"{path} has all questions of {suite.task} for {student.name}, and --limit would replace them: "
+                    "give the try a folder of its own with --output"
+                )
 
 
-def _output_dir(wanted: Path | None, config: RunConfig | None, students: Sequence[SuiteStudent]) -> Path:
-    """Return the folder of the record: as wanted, of the run, or of the run that has the student in `students`."""
-    if wanted is not None:
-        return wanted
-    if config is not None:
-        return Path(config.output_dir)
-    folder = students[0].path.resolve().parent
-    return folder.parent if folder.name == "students" else folder
-
-
-def _announce(suite: Suite) -> None:
+def _announce(suite: Suite, *, settings: SuiteSettings) -> None:
     known = f" ({suite.known.name})" if suite.known else ""
-    asks = f"; answers go to the judge model {judge_model(os.environ)}" if suite.judge else ""
+    judge = _judge(suite, settings=settings)
+    asks = f"; answers go to the judge model {judge}" if judge else ""
     logger.info("suite %s%s%s", suite.task, known, asks)
 
 
@@ -273,3 +280,10 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
+
+
+def _hours(text: str) -> float:
+    hours = float(text)
+    if not hours > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return hours

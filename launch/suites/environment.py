@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,8 @@ class SuiteEnvironment:
                 f"`{self.python} -m lmms_eval tasks list` lists all"
             )
         entry = self.tasks[task]
+        if not entry["parts"]:
+            raise ConfigError(f"suite {task} consists of tasks that lmms-eval {self.version} does not have")
         if others := sorted(set(entry["output_types"]) - ANSWERS_IN_WORDS):
             raise ConfigError(
                 f"suite {task} asks for {', '.join(others)}; students answer one question in words (generate_until)"
@@ -98,7 +101,8 @@ def open_environment(folder: Path, *, include: Path | None = None) -> SuiteEnvir
     Raises:
         ConfigError: There is none, it is not whole, or the tasks in ``include`` cannot be read.
     """
-    remedy = f"run `{INSTALLER} {folder} {sys.executable}`, which makes it from pinned versions (some minutes, 0.5 GB)"
+    command = shlex.join([str(INSTALLER), str(folder), sys.executable])
+    remedy = f"run `{command}`, which makes it from pinned versions (some minutes, 0.5 GB)"
     if not interpreter(folder).exists():
         raise ConfigError(f"no environment of lmms-eval at {folder}: {remedy}; or name another with --suite-env")
     try:
@@ -143,7 +147,10 @@ def _list_tasks(folder: Path, include: Path) -> dict[str, Any]:
     if not include.is_dir():
         raise ConfigError(f"--include-path {include} is no folder; it must hold YAML files of lmms-eval tasks")
     command = [str(interpreter(folder)), "-m", "launch.suites.task_index", str(include.resolve())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LISTING_TIMEOUT_S)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LISTING_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"lmms-eval cannot read the tasks in {include}: {error}") from error
     if done.returncode != 0:
         raise ConfigError(f"lmms-eval cannot read the tasks in {include}:\n{done.stderr[-2000:]}")
     tasks: dict[str, Any] = json.loads(done.stdout)["tasks"]

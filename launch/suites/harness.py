@@ -16,7 +16,7 @@ from typing import IO
 
 from launch.processes import FATE_SHARED
 from launch.secrets import redact
-from launch.suites.environment import Suite, SuiteEnvironment
+from launch.suites.environment import JUDGE_VARIABLES, Suite, SuiteEnvironment
 from launch.suites.plugin import MODEL
 from launch.suites.results import SuiteFigure, read_figures
 from teacher_cache.config import Dtype
@@ -46,6 +46,8 @@ class SuiteSettings:
     """Only so many questions of each task; None for all."""
     timeout_s: float
     """For one suite and one student."""
+    without_judge: bool = False
+    """Keep the key of the judge model from suites that ask one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,8 @@ def run_suite(
     (work_dir / STUDENT).symlink_to(student.path.resolve(), target_is_directory=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     command = suite_command(suite, student=student, environment=environment, settings=settings)
-    code = run_logged(command, cwd=work_dir, log=log, timeout_s=settings.timeout_s, environment=_child_environment())
+    variables = _child_environment(without_judge=settings.without_judge)
+    code = run_logged(command, cwd=work_dir, log=log, timeout_s=settings.timeout_s, environment=variables)
     if code is None:
         raise SuiteFailed(f"suite {suite.task} took longer than {settings.timeout_s / 3600:g} h; see {log}")
     # lmms-eval ends with 0 where an exception ended its evaluation: the file it writes tells
@@ -144,8 +147,10 @@ def run_logged(
         reader.join()
 
 
-def _child_environment() -> dict[str, str]:
-    return {"PYTHONUNBUFFERED": "1"} | dict(os.environ) | {FATE_SHARED: "1"}
+def _child_environment(*, without_judge: bool) -> dict[str, str]:
+    hidden = {name for names in JUDGE_VARIABLES.values() for name in names} if without_judge else set()
+    own = {name: value for name, value in os.environ.items() if name not in hidden}
+    return {"PYTHONUNBUFFERED": "1"} | own | {FATE_SHARED: "1"}
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -181,9 +186,10 @@ def _pieces(output: IO[bytes]) -> Iterator[tuple[bytes, bool]]:
     """Yield what a process prints, cut at ends of lines (True) and at carriage returns (False)."""
     rest = b""
     while chunk := os.read(output.fileno(), 65536):
-        *pieces, rest = re.split(rb"(?<=[\r\n])", rest + chunk)
+        *pieces, rest = re.split(rb"(?<=\n)|(?<=\r)(?!\n)", rest + chunk)
         for piece in pieces:
-            yield piece.rstrip(b"\r\n"), piece.endswith(b"\n")
+            if piece != b"\r":  # bars begin with it too
+                yield piece.rstrip(b"\r\n"), piece.endswith(b"\n")
     if rest:
         yield rest, True
 

@@ -4,7 +4,7 @@
 # transformers and genrecal itself are found there, so that a student runs on what it was trained with. What lmms-eval
 # needs besides, also where it needs other versions, goes to VENV alone; the environment of genrecal is not written to.
 set -euo pipefail
-venv=$1
+venv=${1:?"usage: $0 VENV [PYTHON]"}
 here=$(cd "$(dirname "$0")" && pwd)
 python=${2:-$here/../../.venv/bin/python}
 "$python" -c 'from importlib import metadata; metadata.version("genrecal")' 2>/dev/null || {
@@ -12,10 +12,19 @@ python=${2:-$here/../../.venv/bin/python}
     exit 1
 }
 layer=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+index=$venv/genrecal-suites.json
 stamp=$venv/.genrecal-installed
 wanted=$({ cat "$here"/constraints.txt "$here"/install.sh "$here"/task_index.py "$here"/plugin.py && echo "$layer"; } | sha256sum | cut -d' ' -f1)
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+finds_model() {
+    "$venv/bin/python" -c 'import json, sys; sys.exit("genrecal" not in json.load(open(sys.argv[1]))["models"])' "$index" 2>/dev/null
+}
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && finds_model; then
     exit 0
+fi
+# everything in VENV is about to be deleted
+if [ -d "$venv" ] && [ -n "$(ls -A "$venv")" ] && ! compgen -G "$venv/lib/python*/site-packages/genrecal_layer.pth" >/dev/null; then
+    echo "$venv holds something else than an environment of lmms-eval: name another folder, or remove it first" >&2
+    exit 1
 fi
 
 echo "Installing lmms-eval 0.7.3 into $venv, over $layer (0.5 GB, some minutes)"
@@ -26,10 +35,14 @@ own=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib
 echo "import site; site.addsitedir('$layer')" >"$own/genrecal_layer.pth"
 "$venv/bin/python" -m pip --disable-pip-version-check -qq install --no-build-isolation --no-compile --no-warn-conflicts \
     -c "$here/constraints.txt" lmms-eval
-"$venv/bin/python" -W ignore -m launch.suites.task_index >"$venv/genrecal-suites.json.tmp" 2>"$venv/task_index.log" || {
+"$venv/bin/python" -W ignore -m launch.suites.task_index >"$index.tmp" 2>"$venv/task_index.log" || {
     tail -n 20 "$venv/task_index.log" >&2
     exit 1
 }
-mv "$venv/genrecal-suites.json.tmp" "$venv/genrecal-suites.json"
+mv "$index.tmp" "$index"
+finds_model || {
+    echo "lmms-eval does not find genrecal's model: install genrecal anew for $python, then run this again" >&2
+    exit 1
+}
 echo "$wanted" >"$stamp"
 echo "Installed into $venv"

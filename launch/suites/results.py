@@ -90,7 +90,7 @@ def read_record(path: Path) -> SuiteRecord:
     if not path.exists():
         return SuiteRecord()
     try:
-        return SuiteRecord.model_validate_json(path.read_text(encoding="utf-8"))
+        return SuiteRecord.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise DataError(f"{path} is no record of suites: {error}") from error
 

@@ -49,12 +49,21 @@ def _parts(name: str, *, entries: Mapping[str, Any], above: tuple[str, ...]) -> 
         return
     if "task" not in entry["type"]:
         members = entry["task"] if entry["task"] != -1 else _config(entry["yaml_path"]).get("task", [])
-        for member in members:
-            member = member.get("task") if isinstance(member, dict) else member
-            if isinstance(member, str):
-                yield from _parts(member, entries=entries, above=(*above, name))
+        for member in _names(members):
+            yield from _parts(member, entries=entries, above=(*above, name))
     elif isinstance(entry["yaml_path"], str):
         yield name
+
+
+def _names(members: Any) -> Iterator[str]:
+    """Yield the names in a group: plain, of a task with changed settings, or in a group that is written inside it."""
+    if isinstance(members, str):
+        yield members
+    elif isinstance(members, Mapping):
+        yield from _names(members.get("task"))
+    elif isinstance(members, list):
+        for member in members:
+            yield from _names(member)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launch.cli import main
 from launch.report import write_report
@@ -19,6 +20,7 @@ from launch.suites.harness import SuiteFailed, SuiteSettings, SuiteStudent, run_
 from launch.suites.known import KNOWN_SUITES, known_suite
 from launch.suites.results import SuiteFailure, read_figures, read_record
 from teacher_cache.errors import ConfigError, DataError
+from tests.launch.small_run import write_small_run
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
 SETTINGS = SuiteSettings(dtype="float32", batch_size=4, limit=None, timeout_s=60.0)
@@ -36,6 +38,7 @@ from pathlib import Path
 
 asked = sys.argv[sys.argv.index("--tasks") + 1]
 print("token", os.environ.get("HF_TOKEN"), flush=True)
+print("judged" if "OPENAI_API_KEY" in os.environ else "no judge", flush=True)
 with open({calls!r}, "a") as file:
     file.write(asked + "\\n")
 if asked == "mmstar":
@@ -47,6 +50,13 @@ folder.mkdir(parents=True)
 assert (Path("student") / "config.json").exists()
 (folder / "1_results.json").write_text({results!r})
 """
+
+
+FLEXIBLE = {"task": "mmmu_val", "version": "0", "metric": "mmmu_acc", "filter": "flexible"} | {
+    "value": 0.25,
+    "stderr": None,
+    "num_samples": 900,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -141,12 +151,51 @@ def test_what_cannot_run_is_refused_before_anything_does(
     assert calls(student) == []
 
 
+@pytest.fixture
+def judged(environment_folder: Path) -> None:
+    """The stand-in scores MM-Vet."""
+    python = environment_folder / "bin" / "python"
+    python.write_text(python.read_text().replace("mmmu_val", "mmvet").replace("mmmu_acc", "gpt_eval_score"))
+
+
+@pytest.mark.usefixtures("judged")
 def test_a_suite_runs_without_its_judge_on_request(
     student: Path, environment_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    evaluate(student, environment_folder, "mmvet", "--without-judge")
-    assert calls(student) == ["mmvet"]
+    run_dir = student.parents[1]
+    log, record = run_dir / "logs" / "suite-small-mmvet.log", run_dir / "suites.json"
+    monkeypatch.setenv("OPENAI_API_KEY", "canary-of-the-judge")
+    assert evaluate(student, environment_folder, "mmvet", "--without-judge") == 0
+    assert "no judge" in log.read_text()
+    assert [one.judge for one in read_record(record).results] == [None]
+    assert (
+        "Without a judge model, so that answers count as wrong or guessed: MM-Vet." in write_report(run_dir).read_text()
+    )
+    # what no judge has read is not what the judge says
+    assert evaluate(student, environment_folder, "mmvet") == 0
+    assert "judged" in log.read_text()
+    assert [one.judge for one in read_record(record).results] == ["gpt-4o-2024-11-20 (openai)"]
+    assert calls(student) == ["mmvet", "mmvet"]
+
+
+def test_a_try_does_not_replace_a_full_result(
+    student: Path, environment_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(student, environment_folder, "mmmu", "--limit", "3") == 0
+    assert evaluate(student, environment_folder, "mmmu") == 0
+    assert evaluate(student, environment_folder, "mmmu", "--limit", "3") == 2
+    assert "--output" in capsys.readouterr().err
+    assert [one.limit for one in read_record(student.parents[1] / "suites.json").results] == [None]
+    assert evaluate(student, environment_folder, "mmmu", "--limit", "3", "--output", str(tmp_path / "try")) == 0
+    assert len(calls(student)) == 3
+
+
+def test_a_student_that_lies_in_no_run_needs_a_folder_for_its_figures(
+    student: Path, environment_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = student.rename(tmp_path / "alone")
+    assert evaluate(alone, environment_folder, "mmmu") == 2
+    assert "lies in no run" in capsys.readouterr().err
 
 
 def test_a_judge_is_asked_for_by_the_interface_in_use(environment_folder: Path) -> None:
@@ -208,16 +257,22 @@ def test_what_decides_the_figures_is_in_the_identity(
     own.mkdir()
 
     def identity(task: str = "mmvet", *, settings: SuiteSettings = SETTINGS, included: bool = False) -> str:
-        where = replace(environment, include=own if included else None)
-        asked = SuiteStudent(name="small", path=student)
-        return command.suite_identity(where.suite(task), student=asked, environment=where, settings=settings)
+        return command.suite_identity(
+            environment.suite(task),
+            student=command.folder_digest(student),
+            tasks=command.folder_digest(own) if included else None,
+            lmms_eval=environment.version,
+            settings=settings,
+        )
 
     seen = [identity(), identity("mmmu"), identity(included=True)]
     (own / "task.yaml").write_text("task: mine")
     seen.append(identity(included=True))
-    seen.append(identity(settings=SuiteSettings(dtype="bfloat16", batch_size=4, limit=None, timeout_s=60.0)))
-    seen.append(identity(settings=SuiteSettings(dtype="float32", batch_size=4, limit=3, timeout_s=60.0)))
-    assert identity(settings=SuiteSettings(dtype="float32", batch_size=9, limit=None, timeout_s=1.0)) == seen[0]
+    seen.append(identity(settings=replace(SETTINGS, dtype="bfloat16")))
+    seen.append(identity(settings=replace(SETTINGS, limit=3)))
+    seen.append(identity(settings=replace(SETTINGS, without_judge=True)))
+    assert identity(settings=replace(SETTINGS, batch_size=9, timeout_s=1.0)) == seen[0]
+    assert identity("mmmu", settings=replace(SETTINGS, without_judge=True)) == seen[1]
     monkeypatch.setenv("MODEL_VERSION", "another judge")
     assert identity("mmmu") == seen[1]
     seen.append(identity())
@@ -262,7 +317,7 @@ def test_a_suite_that_takes_too_long_ends_with_all_its_processes(
     python = environment_folder / "bin" / "python"
     python.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > '{marker}'\nwait\n")
     environment = open_environment(environment_folder)
-    short = SuiteSettings(dtype="float32", batch_size=4, limit=None, timeout_s=1.0)
+    short = replace(SETTINGS, timeout_s=1.0)
     with pytest.raises(SuiteFailed, match="longer than"):
         run_suite(
             environment.suite("mmmu"),
@@ -287,11 +342,19 @@ def is_running(pid: int) -> bool:
 
 
 def test_bars_go_to_the_console_and_lines_to_the_log_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    script = "import sys; sys.stdout.write('first\\n 10%\\r 50%\\rlast'); sys.exit(5)"
+    script = "import sys; sys.stdout.write('first\\r\\n\\r 10%\\r 50%\\rlast'); sys.exit(5)"
     line, log = [sys.executable, "-c", script], tmp_path / "log"
     assert run_logged(line, cwd=tmp_path, log=log, timeout_s=60, environment=os.environ) == 5
     assert log.read_text() == "first\nlast\n"
     assert capfd.readouterr().err.splitlines() == ["first", " 10%", "last"]
+
+
+def test_figures_of_several_filters_have_a_row_each(student: Path, environment_folder: Path) -> None:
+    evaluate(student, environment_folder, "mmmu")
+    path = student.parents[1] / "suites.json"
+    path.write_text(path.read_text().replace('"figures": [', '"figures": [' + json.dumps(FLEXIBLE) + ","))
+    page = write_report(student.parents[1]).read_text()
+    assert all(words in page for words in ("50.0\u202f%", "25.0\u202f%", "mmmu_acc (flexible)"))
 
 
 def test_a_failure_leaves_an_earlier_result(student: Path, environment_folder: Path) -> None:
@@ -315,3 +378,39 @@ def test_eval_needs_a_run_file_or_a_suite_with_a_student(
 ) -> None:
     assert main([*words, "--suite-env", str(environment_folder)]) == 2
     assert "student" in capsys.readouterr().err or words[1] == "--suites"
+
+
+@pytest.fixture
+def run_file(student: Path) -> Path:
+    """A run of two students, of which `small` is trained."""
+    path = student.parents[1] / "run.yaml"
+    (student.parent / "given").mkdir()
+    (student.parent / "given" / "config.json").write_text("{}")
+    given = write_small_run(
+        path.parent, teacher=path, student=student.parent / "given", data=path, cluster={"kind": "ray"}
+    )
+    values = yaml.safe_load(given.read_text())
+    values |= {"output_dir": str(path.parent)}
+    values["students"] += [values["students"][0] | {"name": "untrained"}]
+    path.write_text(yaml.safe_dump({name: value for name, value in values.items() if name != "cluster"}))
+    return path
+
+
+def test_the_students_of_a_run_are_those_that_exist(
+    run_file: Path, environment_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(run_file), "--suite", "mmmu", "--suite-env", str(environment_folder)]
+    assert main(["eval", *words]) == 0
+    record = read_record(run_file.parent / "suites.json")
+    assert [one.student for one in record.results] == ["small-untouched", "small", "untrained-untouched"]
+    assert main(["eval", *words, "--student", "untrained"]) == 2
+    assert "student untrained is not trained yet" in capsys.readouterr().err
+    assert main(["eval", *words, "--student", "smal"]) == 2
+    assert "did you mean 'small'?" in capsys.readouterr().err
+
+
+def test_options_of_suites_go_with_a_suite(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(run_file), "--limit", "3"]) == 2
+    assert "--limit goes with --suite" in capsys.readouterr().err
+    assert main(["eval", str(run_file), "--suite", "", "--suite-env", str(tmp_path)]) == 2
+    assert "no environment of lmms-eval" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""Which students go through suites, and the folder in which their figures lie."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.results import evaluated_models
+from launch.run_config import RunConfig
+from launch.suggestions import suggestion
+from launch.suites.harness import SuiteStudent
+from launch.suites.results import RECORD
+from teacher_cache.errors import ConfigError
+
+
+def find_students(wanted: str | None, config: RunConfig | None) -> list[SuiteStudent]:
+    """Return the students to run: a directory, or those of a run that exist.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    models = [] if config is None else [model for model in evaluated_models(config) if model.name != "teacher"]
+    names = [model.name for model in models]
+    if wanted is not None and wanted not in names:
+        if not (Path(wanted) / "config.json").is_file():
+            what = f"is none of the run's ({', '.join(names)}), nor" if names else "is not"
+            raise ConfigError(
+                f"--student {wanted} {what} a directory with a config.json{suggestion(wanted, names)}: "
+                "`genrecal export` writes one"
+            )
+        return [SuiteStudent(name=Path(wanted).resolve().name, path=Path(wanted))]
+    if config is None:
+        raise ConfigError("--suite needs a student: `--student DIR`, or a run file")
+    from distill.student import resolve_model
+
+    students = [
+        SuiteStudent(
+            name=model.name,
+            path=resolve_model(model.model, revision=model.revision),
+            trust_remote_code=model.trust_remote_code,
+        )
+        for model in models
+        if wanted in (None, model.name) and (not model.trained or Path(model.model).exists())
+    ]
+    if not students:
+        which = "no student of the run is" if wanted is None else f"student {wanted} is not"
+        raise ConfigError(f"{which} trained yet: run `genrecal train` first")
+    return students
+
+
+def output_folder(wanted: Path | None, config: RunConfig | None, students: Sequence[SuiteStudent]) -> Path:
+    """Return the folder of the record: as wanted, of the run, or of the run that has the student in `students`.
+
+    Raises:
+        ConfigError: None is wanted, and the student lies in no run.
+    """
+    if wanted is not None:
+        return wanted
+    if config is not None:
+        return Path(config.output_dir)
+    folder = students[0].path.resolve().parent
+    if folder.name != "students":
+        raise ConfigError(f"the student at {students[0].path} lies in no run: name a folder for {RECORD} with --output")
+    return folder.parent
