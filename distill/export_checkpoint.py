@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill.adapters import add_adapters
 from distill.checkpoint import RECORD, Checkpoint, damaged_files, intact_checkpoint, read_checkpoint
 from distill.config import LoraConfig
 from distill.export import export_student
 from distill.processes import Processes
-from distill.reshard import is_resharded, read_resharded
+from distill.reshard import is_resharded, resharded_tensors
 from distill.student import load_student
-from distill.zero_files import read_zero_tensors
+from distill.zero_files import Read, weights, zero_tensors
 from teacher_cache.errors import CheckpointError
 
 PREFIX = "student."
@@ -70,24 +70,25 @@ def _intact_tag(tag: Path) -> Checkpoint:
     return checkpoint
 
 
-def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the student's parameters and buffers by its own names."""
+def _weights(checkpoint: Checkpoint) -> dict[str, Read]:
+    """Return how to read the student's parameters and buffers, by its own names."""
     tag, layout = checkpoint.directory, checkpoint.record.layout
     if layout["backend"] == "torch":
-        weights = torch.load(tag / "state.pt", map_location="cpu", weights_only=True)["model"]
+        model = torch.load(tag / "state.pt", map_location="cpu", weights_only=True, mmap=True)["model"]
+        found: dict[str, Read] = {name: tensor.detach for name, tensor in model.items()}
     elif is_resharded(tag):
-        weights = read_resharded(tag).weights
+        found = weights(resharded_tensors(tag))
     else:
-        weights = read_zero_tensors(tag, world_size=layout["world_size"]).weights
-    return {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
+        found = weights(zero_tensors(tag, world_size=layout["world_size"]))
+    return {name.removeprefix(PREFIX): read for name, read in found.items() if name.startswith(PREFIX)}
 
 
-def _load(student: nn.Module, weights: dict[str, Tensor], *, where: Path) -> None:
+def _load(student: nn.Module, stored: dict[str, Read], *, where: Path) -> None:
     tensors = dict(student.named_parameters())
-    buffers = {name: buffer for name, buffer in student.named_buffers() if name in weights}
-    absent = sorted(tensors.keys() - weights.keys())
+    buffers = {name: buffer for name, buffer in student.named_buffers() if name in stored}
+    absent = sorted(tensors.keys() - stored.keys())
     if absent:
         raise CheckpointError(f"{where} lacks {len(absent)} of the student's parameters, first {absent[0]}")
     with torch.no_grad():
         for name, tensor in (tensors | buffers).items():
-            tensor.copy_(weights[name].view_as(tensor))
+            tensor.copy_(stored[name]().view_as(tensor))

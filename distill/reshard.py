@@ -5,19 +5,16 @@ beside it, and the digest of every tensor, so that what the new processes loaded
 stored.
 """
 
-import argparse
-import contextlib
-import io
 import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.checkpoint import (
@@ -30,14 +27,21 @@ from distill.checkpoint import (
 )
 from distill.processes import Processes
 from distill.stages import StageModel
-from distill.zero_files import MASTER, MOMENTS, ZeroTensors, model_states_name, read_zero_tensors
-from teacher_cache.durable_files import remove
+from distill.zero_files import (
+    BUFFER,
+    FROZEN,
+    MASTER,
+    MOMENTS,
+    Read,
+    load_states,
+    model_states_name,
+    optimizer_states_path,
+    zero_tensors,
+)
 from teacher_cache.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-REST = "rest.safetensors"
-"""Frozen parameters and buffers."""
 DIGESTS = "tensors.json"
 SUFFIX = "-any"
 """Of the tag's name: sorts after the tag that it was made of."""
@@ -65,23 +69,23 @@ def reshard(stage_directory: Path) -> Path:
         return checkpoint.directory
     target = checkpoint.directory.with_name(checkpoint.directory.name + SUFFIX)
     discard_tag(target)
-    _convert(checkpoint, target)
-    commit(target, replace(checkpoint.record, layout={**layout, "world_size": ANY_SIZE}))
+    try:
+        _convert(checkpoint, target)
+        commit(target, replace(checkpoint.record, layout={**layout, "world_size": ANY_SIZE}))
+    except BaseException:
+        discard_tag(target)
+        raise
     return target
 
 
 def _convert(checkpoint: Checkpoint, target: Path) -> None:
     source = checkpoint.directory
-    tensors = read_zero_tensors(source, world_size=checkpoint.record.layout["world_size"])
-    expected = tensor_digests(tensors)
-    _to_universal(source, target)
-    for file in target.glob("*_model_states.pt"):
-        # shares of the frozen parameters; the first one's other entries are still read
-        if file.name != model_states_name(0):
-            remove(file)
-    save_file({name: tensor.contiguous() for name, tensor in _rest(tensors).items()}, target / REST)
+    tensors = zero_tensors(source, world_size=checkpoint.record.layout["world_size"])
+    expected = {entry: _store(read(), target, entry) for entry, read in tensors.items()}
+    _store_other_states(source, target)
     (target / DIGESTS).write_text(json.dumps(expected, indent=0))
-    require_same_tensors(expected, tensor_digests(read_resharded(target)), where=target)
+    found = {entry: _digest(read()) for entry, read in resharded_tensors(target).items()}
+    require_same_tensors(expected, found, where=target)
 
 
 def is_resharded(tag: Path) -> bool:
@@ -89,21 +93,11 @@ def is_resharded(tag: Path) -> bool:
     return (tag / DIGESTS).is_file()
 
 
-def read_resharded(tag: Path) -> ZeroTensors:
-    """Return the tensors of a tag that `reshard` made; those of trained parameters are flat."""
-    names = json.loads((tag / DIGESTS).read_text())
-    rest = load_file(tag / REST)
-    trained: dict[str, dict[str, Tensor]] = {}
-    for entry in names:
-        kind, _, name = entry.partition(":")
-        if kind in (MASTER, *MOMENTS):
-            path = tag / "zero" / name / f"{kind}.pt"
-            trained.setdefault(name, {})[kind] = torch.load(path, map_location="cpu", weights_only=True)
-    return ZeroTensors(
-        trained=trained,
-        frozen={name: rest[name] for entry in names if (name := entry.removeprefix("frozen:")) != entry},
-        buffers={name: rest[name] for entry in names if (name := entry.removeprefix("buffer:")) != entry},
-    )
+def resharded_tensors(tag: Path) -> dict[str, Read]:
+    """Return how to read the tensors of a tag that `reshard` made, as `zero_tensors` does; trained ones are flat."""
+    entries = json.loads((tag / DIGESTS).read_text())
+    load = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
+    return {entry: partial(load, _tensor_path(tag, entry)) for entry in entries}
 
 
 def load_resharded(engine: Any, model: StageModel, tag: Path, *, processes: Processes) -> None:
@@ -118,16 +112,16 @@ def load_resharded(engine: Any, model: StageModel, tag: Path, *, processes: Proc
     engine.load_checkpoint(str(tag.parent), tag=tag.name)
     engine._config.load_universal_checkpoint = False
     separate_steps(engine.optimizer.optimizer)
-    rest = load_file(tag / REST)
+    tensors = resharded_tensors(tag)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     if processes.rank == 0:
-                        parameter.copy_(rest[name])
+                        parameter.copy_(tensors[f"{FROZEN}:{name}"]())
         for name, buffer in model.named_buffers():
-            if name in rest:
-                buffer.copy_(rest[name])
+            if f"{BUFFER}:{name}" in tensors:
+                buffer.copy_(tensors[f"{BUFFER}:{name}"]())
     found = dict(_loaded_digests(model))
     expected = json.loads((tag / DIGESTS).read_text())
     if processes.rank == 0:
@@ -146,13 +140,6 @@ def separate_steps(optimizer: torch.optim.Optimizer) -> None:
             state["step"] = state["step"].to(parameter.device, copy=True)
 
 
-def tensor_digests(tensors: ZeroTensors) -> dict[str, str]:
-    """Return the digest of every tensor, under its kind and name."""
-    digests = {f"{key}:{name}": _digest(t) for name, states in tensors.trained.items() for key, t in states.items()}
-    digests |= {f"frozen:{name}": _digest(tensor) for name, tensor in tensors.frozen.items()}
-    return digests | {f"buffer:{name}": _digest(tensor) for name, tensor in tensors.buffers.items()}
-
-
 def require_same_tensors(expected: Mapping[str, str], found: Mapping[str, str], *, where: Path) -> None:
     """Raise CheckpointError, naming the first, unless all tensors have the same digests."""
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -163,22 +150,35 @@ def require_same_tensors(expected: Mapping[str, str], found: Mapping[str, str], 
         )
 
 
-def _to_universal(source: Path, target: Path) -> None:
-    from deepspeed.checkpoint import ds_to_universal
+def _store(tensor: Tensor, tag: Path, entry: str) -> str:
+    """Write a tensor, flat where DeepSpeed expects it flat; return its digest."""
+    path = _tensor_path(tag, entry)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(tensor.flatten() if _is_trained(entry) else tensor, path)
+    return _digest(tensor)
 
-    arguments = argparse.Namespace(
-        input_folder=str(source),
-        output_folder=str(target),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=False,
+
+def _tensor_path(tag: Path, entry: str) -> Path:
+    """Return where a tensor lies: of a trained parameter where DeepSpeed looks for it."""
+    kind, _, name = entry.partition(":")
+    return tag / "zero" / name / f"{kind}.pt" if _is_trained(entry) else tag / kind / f"{name}.pt"
+
+
+def _is_trained(entry: str) -> bool:
+    return entry.partition(":")[0] in (MASTER, *MOMENTS)
+
+
+def _store_other_states(source: Path, target: Path) -> None:
+    """Write what DeepSpeed reads beside the tensors: steps, settings of the optimizer, counts."""
+    model = load_states(source / model_states_name(0))
+    torch.save(model | {"frozen_param_fragments": None}, target / model_states_name(0))
+    state = load_states(optimizer_states_path(source, 0))["optimizer_state_dict"]
+    inner = state["optimizer_state_dict"]
+    steps = {group: {"step": own["step"]} for group, own in inner["state"].items()}
+    torch.save(
+        state | {"fp32_flat_groups": [], "optimizer_state_dict": inner | {"state": steps}},
+        target / "zero" / "optimizer_state.pt",
     )
-    # it prints, and shows bars
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(arguments)
-    remove(target.parent / "latest_universal")
 
 
 def _loaded_digests(model: StageModel) -> Iterator[tuple[str, str]]:
@@ -192,15 +192,11 @@ def _loaded_digests(model: StageModel) -> Iterator[tuple[str, str]]:
                 yield f"{key}:{name}", _digest(safe_get_full_optimizer_state(parameter, key))
         else:
             with deepspeed.zero.GatheredParameters([parameter]):
-                yield f"frozen:{name}", _digest(parameter)
+                yield f"{FROZEN}:{name}", _digest(parameter)
     persistent = model.state_dict(keep_vars=True)
     for name, buffer in model.named_buffers():
         if name in persistent:
-            yield f"buffer:{name}", _digest(buffer)
-
-
-def _rest(tensors: ZeroTensors) -> dict[str, Tensor]:
-    return tensors.frozen | tensors.buffers
+            yield f"{BUFFER}:{name}", _digest(buffer)
 
 
 def _digest(tensor: Tensor) -> str:

@@ -1,5 +1,6 @@
 """R18: a checkpoint goes on with another number of processes: the same samples, the same numbers, every tensor."""
 
+import argparse
 import json
 import os
 import shutil
@@ -9,14 +10,21 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
+from distill import zero_files
+from distill.checkpoint import committed_tags, intact_checkpoint
 from distill.config import StudentConfig, TrainConfig
+from distill.reshard import reshard, resharded_tensors
 from distill.trainer import train_student
+from distill.zero_files import MASTER, MOMENTS
 from launch.cli import main
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import CheckpointError
+from tests.distill.reshard_memory import LARGEST_MIB, TAG, peak_of_reshard, write_large_stage, write_stage
 from tests.distill.small_cache import build_small_cache, write_data
 
 pytestmark = pytest.mark.slow
@@ -125,3 +133,126 @@ def test_a_checkpoint_exports_the_bytes_of_the_trainer(run: str, tag: str, runs:
     step = int(tag.split("-")[1])
     for expected in (runs / run / f"export-{step}").iterdir():
         assert (tmp_path / "out" / expected.name).read_bytes() == expected.read_bytes(), expected.name
+
+
+TRAINED = [
+    {"body.norm": (1,), "body.weight": (7, 5), "body.bias": (3,)},
+    {"head.weight": (4, 6), "head.bias": (2,)},
+]
+"""Two groups of the optimizer; most sizes are no multiple of three."""
+FROZEN = {"vision.weight": torch.arange(10, dtype=torch.bfloat16).view(5, 2), "vision.scale": torch.tensor([0.5])}
+BUFFERS = {"count": torch.tensor(3), "table": torch.arange(4.0).expand(2, 4)}
+
+
+def trained_states() -> list[dict[str, dict[str, torch.Tensor]]]:
+    generator = torch.Generator().manual_seed(0)
+    kinds = (MASTER, *MOMENTS)
+    return [
+        {name: {kind: torch.randn(shape, generator=generator) for kind in kinds} for name, shape in group.items()}
+        for group in TRAINED
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("in_zip_files", [True, False])
+def test_it_writes_what_deepspeeds_converter_does_and_what_that_leaves_out(
+    world_size: int, in_zip_files: bool, tmp_path: Path
+) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    trained = trained_states()
+    write_stage(
+        tmp_path,
+        world_size=world_size,
+        trained=trained,
+        frozen=FROZEN,
+        buffers=BUFFERS,
+        in_zip_files=in_zip_files,
+    )
+    tag = reshard(tmp_path)
+    arguments = argparse.Namespace(
+        input_folder=str(tmp_path / TAG),
+        output_folder=str(tmp_path / "universal"),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    ds_to_universal.main(arguments)
+    tensors = {name: states for group in trained for name, states in group.items()}
+    for name, states in tensors.items():
+        for kind, tensor in states.items():
+            part = Path("zero", name, f"{kind}.pt")
+            found = torch.load(tag / part)
+            assert torch.equal(found, tensor.flatten()), part
+            assert torch.equal(found, torch.load(tmp_path / "universal" / part)), part
+    read = resharded_tensors(tag)
+    assert len(read) == 3 * len(tensors) + len(FROZEN) + len(BUFFERS)
+    for kind, expected in (("frozen", FROZEN), ("buffer", BUFFERS)):
+        for name, tensor in expected.items():
+            found = read[f"{kind}:{name}"]()
+            assert found.dtype == tensor.dtype, name
+            assert torch.equal(found, tensor), name
+
+
+def small_stage(folder: Path) -> Path:
+    write_stage(folder, world_size=2, trained=trained_states(), frozen=FROZEN, buffers=BUFFERS)
+    return folder
+
+
+@pytest.mark.parametrize("written", [0, 1, 7, 20])
+def test_an_interrupted_one_leaves_the_checkpoint_it_began_with(written: int, tmp_path: Path) -> None:
+    folder = small_stage(tmp_path) / "checkpoints"
+    save, count = torch.save, 0
+
+    def interrupted(content: Any, path: Path) -> None:
+        nonlocal count
+        if count == written:
+            path.write_bytes(b"half of a fi")
+            raise KeyboardInterrupt
+        count += 1
+        save(content, path)
+
+    with mock.patch.object(torch, "save", interrupted), pytest.raises(KeyboardInterrupt):
+        reshard(tmp_path)
+    assert list(folder.iterdir()) == [tmp_path / TAG]
+    # a kill cleans nothing up
+    leftover = folder / f"{TAG.name}-any"
+    (leftover / "zero" / "gone.weight").mkdir(parents=True)
+    assert committed_tags(folder) == [tmp_path / TAG]
+    assert reshard(tmp_path) == intact_checkpoint(folder).directory == leftover
+    assert not (leftover / "zero" / "gone.weight").exists()
+
+
+def test_a_tensor_that_changes_on_the_way_is_named_and_nothing_kept(tmp_path: Path) -> None:
+    folder = small_stage(tmp_path) / "checkpoints"
+    save = torch.save
+
+    def damaging(content: Any, path: Path) -> None:
+        save(-content if path.match("head.bias/exp_avg.pt") else content, path)
+
+    with (
+        mock.patch.object(torch, "save", damaging),
+        pytest.raises(CheckpointError, match=r"1 of 19 tensors .* changed .* first exp_avg:head\.bias"),
+    ):
+        reshard(tmp_path)
+    assert list(folder.iterdir()) == [tmp_path / TAG]
+
+
+def test_a_file_of_another_layout_than_torch_reckons_is_refused(tmp_path: Path) -> None:
+    folder = small_stage(tmp_path) / "checkpoints"
+    offsets = zero_files._record_offsets
+    with (
+        mock.patch.object(zero_files, "_record_offsets", lambda path: [offset + 64 for offset in offsets(path)][-1:]),
+        pytest.raises(CheckpointError, match="expects a tensor at byte"),
+    ):
+        reshard(tmp_path)
+    assert list(folder.iterdir()) == [tmp_path / TAG]
+
+
+def test_it_needs_memory_for_the_largest_tensor_and_not_for_all(tmp_path: Path) -> None:
+    write_large_stage(tmp_path, megabytes=400, world_size=2)
+    peak = peak_of_reshard(tmp_path)
+    print(f"R18: reshard of 400 MiB with a largest tensor of {LARGEST_MIB} MiB: {peak:.0f} MiB above the imports")
+    assert LARGEST_MIB < peak < LARGEST_MIB + 25
