@@ -1,5 +1,6 @@
 """Digests and durable steps for folders of files that are not a cache's own: checkpoints and exports."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
+
+_LOST_WRITES = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +61,11 @@ def sync_file(path: Path) -> None:
 def sync_names_above(path: Path) -> None:
     """Make the names durable that lead to a path, as far up as this process may look: others may have made them."""
     for folder in path.resolve().parents:
-        with suppress(OSError):
+        try:
             sync_folder(folder)
+        except OSError as error:
+            if error.errno in _LOST_WRITES:  # others say that a folder is not for this process to sync
+                raise
 
 
 def replace_file(path: Path, data: bytes) -> None:

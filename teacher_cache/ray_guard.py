@@ -52,7 +52,9 @@ def token_exposure(environment: Mapping[str, str]) -> Exposure | None:
             found=f"no token in {path}: {error.strerror}", remedy="copy the cluster's token file there, mode 600"
         )
     if mode_bits & (stat.S_IRWXG | stat.S_IRWXO):
-        return Exposure(found=f"others may use the token in {path}", remedy=f"run chmod 600 {path}")
+        return Exposure(
+            found=f"others may use the token in {path}", remedy=f"run chmod 600 {path} (a Secret: defaultMode 0400)"
+        )
     return None
 
 
@@ -81,13 +83,20 @@ def cluster_exposure(address: str) -> Exposure | None:
     )
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Leaves a redirect as it is: the page of a log-in is no answer of the dashboard."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
 def dashboard_status(address: str) -> int:
     """Return the status with which a dashboard answers who asks for its jobs without a token.
 
     Raises:
         OSError: It cannot be reached.
     """
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
     try:
         with opener.open(f"{address}/api/jobs/", timeout=ANSWER_TIMEOUT_S) as answer:
             return int(answer.status)

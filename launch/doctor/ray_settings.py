@@ -8,7 +8,7 @@ from launch.doctor.findings import Finding, ok, problem, warning
 from teacher_cache.errors import GenrecalError
 from teacher_cache.ray_guard import REFUSALS, cluster_exposure, dashboard_status, token_exposure, token_path
 
-ANSWER_TIMEOUT_S = 3.0
+CONNECT_TIMEOUT_S = 3.0
 GCS_PORT = 6379
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -59,7 +59,7 @@ def check_reachable(check: str, address: str) -> Finding:
     except ValueError:
         return problem(check, f"{address} is no HOST:PORT", remedy="correct the address")
     try:
-        with socket.create_connection(place, timeout=ANSWER_TIMEOUT_S):
+        with socket.create_connection(place, timeout=CONNECT_TIMEOUT_S):
             return ok(check, f"{place[0]}:{place[1]} answers")
     except OSError as error:
         return problem(

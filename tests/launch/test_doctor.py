@@ -181,8 +181,10 @@ class Dashboard(BaseHTTPRequestHandler):
     code = 200
 
     def do_GET(self) -> None:
-        """Answer."""
-        self.send_response(self.code)
+        """Answer; a page that something redirects to is always there."""
+        self.send_response(200 if self.path == "/login" else self.code)
+        if self.code == 302:
+            self.send_header("Location", "/login")
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
@@ -200,7 +202,9 @@ def dashboard() -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.parametrize(("code", "status"), [(200, "problem"), (401, "ok"), (403, "ok"), (404, "warning")])
+@pytest.mark.parametrize(
+    ("code", "status"), [(200, "problem"), (401, "ok"), (403, "ok"), (302, "warning"), (404, "warning")]
+)
 def test_a_dashboard_must_ask_for_a_token(
     dashboard: str, code: int, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
