@@ -1,6 +1,6 @@
 """Where an output came from: beside each one lie the run file that made it and a record of every run that did.
 
-Of an output ``X`` these are ``X.run.yaml``, which ``genrecal run`` takes to the same result, and
+Of an output ``X`` these are ``X.run.yaml``, whose first line says what takes it to the same result, and
 ``X.provenance.json``. Both are written when a run ends, however it ends, and before it begins
 where what it will make is known: of one that is killed the record stays at `running`.
 """
@@ -37,7 +37,11 @@ class Recording:
 
 @contextmanager
 def recorded(
-    outputs: Callable[[], Sequence[Path]], *, config: RunConfig | None, expected: Sequence[Path] = ()
+    outputs: Callable[[], Sequence[Path]],
+    *,
+    config: RunConfig | None,
+    expected: Sequence[Path] = (),
+    rerun: str = "`genrecal run` of this file",
 ) -> Iterator[Recording]:
     """Record the run of the block beside its outputs.
 
@@ -45,10 +49,11 @@ def recorded(
         outputs: Asked at the end: files and folders that came from this run.
         config: What the run was told; None where no run file was given.
         expected: Files and folders that will come from this run, to be recorded before it begins.
+        rerun: What makes the same again, in the words of the run file's first line.
     """
     recording, run = Recording(), _describe_run()
     for output in expected:
-        _write(output, run=run | {"outcome": "running"}, config=config)
+        _write(output, run=run | {"outcome": "running"}, config=config, rerun=rerun)
     ended = "done"
     try:
         yield recording
@@ -60,7 +65,7 @@ def recorded(
             run |= {"ended": _now(), "outcome": ended}
             made = outputs()
             for output in made:
-                _write(output, run=run, config=config)
+                _write(output, run=run, config=config, rerun=rerun)
             for output in expected:
                 if output not in made:
                     _forget(output, run=run)
@@ -101,10 +106,10 @@ def _describe_run() -> dict[str, Any]:
     }
 
 
-def _write(output: Path, *, run: dict[str, Any], config: RunConfig | None) -> None:
+def _write(output: Path, *, run: dict[str, Any], config: RunConfig | None, rerun: str) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     if config is not None:
-        header = f"What made {output.name}; `genrecal run` of this file gives the same result."
+        header = f"What made {output.name}; {rerun} gives the same result."
         replace_file(run_file_path(output), run_file_text(config, header=header).encode())
     _write_record(output, runs=[*_other_runs(output, run=run), run])
 
