@@ -11,7 +11,7 @@ from types import FrameType
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SHUTDOWN_TIMEOUT_S = 120  # torchrun's own 30 s is too short to finish a step and write a checkpoint
-FATE_SHARED = "GENRECAL_END_WITH_PARENT"
+FATE_SHARED = "GENRECAL_PARENT_PID"
 PR_SET_PDEATHSIG = 1
 
 
@@ -36,7 +36,7 @@ def trainer_environment(*, num_processes: int) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore::FutureWarning",  # torch 2.13 warns at each collective of deepspeed 0.19.8
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    return defaults | dict(os.environ) | {FATE_SHARED: "1"}
+    return defaults | dict(os.environ) | {FATE_SHARED: str(os.getpid())}
 
 
 def end_with_parent() -> None:
@@ -44,8 +44,21 @@ def end_with_parent() -> None:
 
     Otherwise trainers outlive a killed job and write into the same folder as its continuation.
     """
-    if FATE_SHARED in os.environ:
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if FATE_SHARED not in os.environ:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # the kernel says nothing of a parent that was gone before; one further up may be named, and be alive
+    parent = int(os.environ[FATE_SHARED])
+    if os.getppid() != parent and not _is_running(parent):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in ("Z", "X")
 
 
 def run_process(command: Sequence[str], *, environment: Mapping[str, str]) -> int:

@@ -128,7 +128,10 @@ def make_inputs(output_dir: Path, *, size: DemoSize, train_teacher: bool) -> Non
 def _train_students(output_dir: Path, *, size: DemoSize) -> None:
     (output_dir / "untouched").mkdir(exist_ok=True)
     with ProcessPoolExecutor(
-        len(STUDENTS), mp_context=get_context("spawn"), initializer=_start_worker, initargs=(output_dir,)
+        len(STUDENTS),
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(output_dir, os.getpid()),
     ) as pool:
         trained = [
             pool.submit(
@@ -146,10 +149,10 @@ def _train_students(output_dir: Path, *, size: DemoSize) -> None:
             student.result()
 
 
-def _start_worker(output_dir: Path) -> None:
+def _start_worker(output_dir: Path, parent: int) -> None:
     import torch
 
-    os.environ[FATE_SHARED] = "1"
+    os.environ[FATE_SHARED] = str(parent)
     end_with_parent()
     torch.set_num_threads(1)  # one process per student already fills a small machine
     setup_logging(output_dir / "logs" / f"untouched-{os.getpid()}.log")

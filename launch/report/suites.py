@@ -13,19 +13,20 @@ def suite_section(run: RunData) -> dict[str, Any] | None:
     if not record.results and not record.failures:
         return None
     students = tuple(dict.fromkeys(result.student for result in record.results))
-    cells: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+    cells: dict[tuple[str, str, str, str, str], dict[str, Any]] = {}
     for result in record.results:
         for figure in result.figures:
-            row = cells.setdefault((result.suite, figure.task, figure.metric, figure.filter), {})
+            name = _name(result, figure)
+            row = cells.setdefault((name, result.suite, figure.task, figure.metric, figure.filter), {})
             row[result.student] = _cell(figure, result=result)
     rows = [
         {
-            "name": _name(suite, task),
+            "name": name,
             "task": task,
             "metric": metric if kind == "none" else f"{metric} ({kind})",
             "values": [of_students.get(student) for student in students],
         }
-        for (suite, task, metric, kind), of_students in cells.items()
+        for (name, _, task, metric, kind), of_students in cells.items()
     ]
     return {
         "students": students,
@@ -35,14 +36,15 @@ def suite_section(run: RunData) -> dict[str, Any] | None:
     }
 
 
-def _name(suite: str, task: str) -> str:
-    known = suite_of_task(task) or suite_of_task(suite)
-    return known.name if known else suite
+def _name(result: SuiteResult, figure: SuiteFigure) -> str:
+    known = None if result.included else suite_of_task(figure.task) or suite_of_task(result.suite)
+    return known.name if known else result.suite
 
 
 def _cell(figure: SuiteFigure, *, result: SuiteResult) -> dict[str, Any]:
     """Return a figure in per cent where its full score is known, otherwise as the task gave it."""
-    full = next((one.full_score for one in KNOWN_SUITES if (one.task, one.metric) == (result.suite, figure.metric)), 0)
+    known = () if result.included else KNOWN_SUITES
+    full = next((one.full_score for one in known if (one.task, one.metric) == (result.suite, figure.metric)), 0)
     scale, unit = (100 / full, "\u202f%") if full else (1.0, "")
     return {
         "value": f"{figure.value * scale:.{1 if full else 4}{'f' if full else 'g'}}{unit}",
@@ -56,9 +58,8 @@ def _caption(results: tuple[SuiteResult, ...]) -> str:
     versions = ", ".join(sorted({result.lmms_eval for result in results}))
     judges = sorted({result.judge for result in results if result.judge})
     judged = f" Scored in part by the judge model {', '.join(judges)}." if judges else ""
-    lacking = {
-        known.name for one in results if one.judge is None and (known := suite_of_task(one.suite)) and known.judge
-    }
+    unjudged = (one.suite for one in results if one.judge is None and not one.included)
+    lacking = {known.name for suite in unjudged if (known := suite_of_task(suite)) and known.judge}
     if lacking:
         judged += f" Without a judge model, so that answers count as wrong or guessed: {', '.join(sorted(lacking))}."
     return (

@@ -92,7 +92,7 @@ def _start(threads: int, log_dir: Path) -> _Worker:
     ours, theirs = context.Pipe()
     # what a child reads when it imports must be in the environment before it starts
     previous = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", FATE_SHARED)}
-    os.environ |= {"OMP_NUM_THREADS": str(threads), FATE_SHARED: "1"}
+    os.environ |= {"OMP_NUM_THREADS": str(threads), FATE_SHARED: str(os.getpid())}
     try:
         process = context.Process(target=_work, args=(theirs, threads, log_dir), daemon=False)
         process.start()

@@ -1,10 +1,7 @@
 """`genrecal eval --suite`: students through published benchmarks, one process of lmms-eval per student and suite."""
 
 import argparse
-import hashlib
-import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,19 +11,19 @@ from typing import get_args
 from launch.arguments import ArgumentParser
 from launch.console import print_table
 from launch.logs import setup_logging
-from launch.provenance import recorded
+from launch.provenance import record_path, recorded
 from launch.run_config import RunConfig
 from launch.suites.environment import (
     DEFAULT_FOLDER,
     Suite,
     SuiteEnvironment,
-    judge_model,
     open_environment,
     require_judge,
 )
 from launch.suites.harness import SuiteFailed, SuiteSettings, SuiteStudent, run_suite
+from launch.suites.identity import folder_digest, judge_of, suite_identity
 from launch.suites.results import RECORD, SuiteFailure, SuiteRecord, SuiteResult, read_record, write_record
-from launch.suites.students import find_students, output_folder
+from launch.suites.students import find_students, output_folder, require_free_names, source_of
 from teacher_cache.config import Dtype
 from teacher_cache.errors import ConfigError, DataError, GenrecalError
 
@@ -34,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 WORK_FOLDER = "suites"
 """In the folder of a run: what lmms-eval writes, by student and suite."""
+RERUN = f"`genrecal eval` of this file, with the options in {record_path(Path(RECORD))},"
 
 
 class SuitesIncomplete(GenrecalError):
@@ -99,8 +97,8 @@ def evaluate_suites(options: argparse.Namespace, config: RunConfig | None) -> in
     """Run suites on students, skip what is complete, print all figures; go on after a suite that fails.
 
     Raises:
-        ConfigError: A suite, student or environment is not there, a judge cannot be asked, or a try would take the
-            place of a full result.
+        ConfigError: A suite, student or environment is not there, a judge cannot be asked, two students have one
+            name, or a try would take the place of a full result.
         SuitesIncomplete: Some suites came to no result.
     """
     environment = open_environment(options.suite_env, include=options.include_path)
@@ -113,6 +111,7 @@ def evaluate_suites(options: argparse.Namespace, config: RunConfig | None) -> in
     students = find_students(options.student, config)
     output_dir = output_folder(options.output, config, students)
     path = output_dir / RECORD
+    require_free_names(students, record=read_record(path), output_dir=output_dir)
     if options.limit is not None:
         _keep_full_results(path, suites=suites, students=students)
     setup_logging(output_dir / "logs" / "suites.log")
@@ -126,7 +125,7 @@ def evaluate_suites(options: argparse.Namespace, config: RunConfig | None) -> in
     for suite in suites:
         _announce(suite, settings=settings)
     tasks = None if environment.include is None else folder_digest(environment.include)
-    with recorded(lambda: [path], config=config) as run:
+    with recorded(lambda: [path], config=config, rerun=RERUN) as run:
         outcomes = []
         for student in students:
             weights = folder_digest(student.path)
@@ -165,10 +164,13 @@ def _evaluate(
 ) -> SuiteResult | SuiteFailure | None:
     """Run a suite on a student and record the outcome; None where it is complete already."""
     path = output_dir / RECORD
-    known = read_record(path).result(student.name, suite.task)
+    record = read_record(path)
+    known = record.result(student.name, suite.task)
     if known is not None and known.identity == identity:
         logger.info("%s, %s: complete", student.name, suite.task)
         return None
+    if known is not None:  # figures of other weights or settings go with their answers, whatever comes of this run
+        write_record(record.without(student.name, suite.task), path)
     logger.info("%s, %s: running", student.name, suite.task)
     log = output_dir / "logs" / f"suite-{student.name}-{suite.task}.log"
     start = time.monotonic()
@@ -184,59 +186,31 @@ def _evaluate(
         )
     except (SuiteFailed, DataError) as error:
         logger.error("%s, %s: %s", student.name, suite.task, error)
-        outcome = SuiteFailure(student=student.name, suite=suite.task, reason=str(error), log=str(log))
+        outcome = SuiteFailure(
+            student=student.name,
+            source=source_of(student, output_dir=output_dir),
+            suite=suite.task,
+            identity=identity,
+            reason=str(error),
+            log=str(log),
+        )
     else:
         outcome = SuiteResult(
             student=student.name,
+            source=source_of(student, output_dir=output_dir),
             suite=suite.task,
+            included=suite.included,
             identity=identity,
             lmms_eval=environment.version,
             dtype=settings.dtype,
             limit=settings.limit,
-            judge=_judge(suite, settings=settings),
+            judge=judge_of(suite, settings=settings),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - start, 1),
             figures=figures,
         )
     write_record(read_record(path).with_outcome(outcome), path)
     return outcome
-
-
-def suite_identity(suite: Suite, *, student: str, tasks: str | None, lmms_eval: str, settings: SuiteSettings) -> str:
-    """Return the digest of what decides the figures: a suite with the same one is not run again.
-
-    Args:
-        suite: What runs.
-        student: Digest of the files of the student.
-        tasks: Digest of the folder with further tasks.
-        lmms_eval: Its version.
-        settings: How it runs.
-    """
-    parts = {
-        "student": student,
-        "suite": suite.task,
-        "lmms_eval": lmms_eval,
-        "tasks": tasks,
-        "judge": _judge(suite, settings=settings),
-        "dtype": settings.dtype,
-        "limit": settings.limit,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def folder_digest(folder: Path) -> str:
-    """Return the digest of the names and contents of all files in a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            with path.open("rb") as content:
-                digest.update(f"{path.relative_to(folder)}\0".encode())
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _judge(suite: Suite, *, settings: SuiteSettings) -> str | None:
-    return judge_model(os.environ) if suite.judge and not settings.without_judge else None
 
 
 def _keep_full_results(path: Path, *, suites: Sequence[Suite], students: Sequence[SuiteStudent]) -> None:
@@ -258,7 +232,7 @@ def _keep_full_results(path: Path, *, suites: Sequence[Suite], students: Sequenc
 
 def _announce(suite: Suite, *, settings: SuiteSettings) -> None:
     known = f" ({suite.known.name})" if suite.known else ""
-    judge = _judge(suite, settings=settings)
+    judge = judge_of(suite, settings=settings)
     asks = f"; answers go to the judge model {judge}" if judge else ""
     logger.info("suite %s%s%s", suite.task, known, asks)
 

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
+from launch.processes import FATE_SHARED
 from launch.suggestions import nearest
 from launch.suites.known import KNOWN_SUITES, KnownSuite, known_suite, suite_of_task
 from launch.suites.plugin import MODEL
@@ -23,6 +25,8 @@ LISTING_TIMEOUT_S = 600.0
 ANSWERS_IN_WORDS = {"generate_until"}
 JUDGE_VARIABLES = {"openai": ("OPENAI_API_KEY",), "azure": ("AZURE_API_KEY", "AZURE_ENDPOINT")}
 """What has to be set for a judge, by the value of API_TYPE."""
+JUDGE_ADDRESSES = {"openai": "OPENAI_API_URL", "azure": "AZURE_ENDPOINT"}
+"""What says where the judge is, by the value of API_TYPE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class Suite:
     """Whether a judge model reads answers."""
     known: KnownSuite | None
     """The benchmark that it is, where it has a name of its own."""
+    included: bool
+    """Whether it came with `include`, so that its name says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +52,7 @@ class SuiteEnvironment:
     version: str
     """Of lmms-eval."""
     tasks: Mapping[str, Any]
-    """By name: `parts`, `judge`, `output_types`."""
+    """By name: `parts`, `judge`, `output_types`, and `included` of those from `include`."""
     include: Path | None
     """Folder with further tasks."""
 
@@ -62,7 +68,7 @@ class SuiteEnvironment:
             ConfigError: There is none, or one that students cannot answer.
         """
         known = known_suite(name)
-        task = known.task if known and name not in self._own_tasks() else name
+        task = known.task if known and not self._included(name) else name
         if task not in self.tasks:
             near = nearest(name, [*self.tasks, *(suite.name for suite in KNOWN_SUITES)])
             meant = f", did you mean {near!r}?" if near else ""
@@ -77,13 +83,17 @@ class SuiteEnvironment:
             raise ConfigError(
                 f"suite {task} asks for {', '.join(others)}; students answer one question in words (generate_until)"
             )
-        own = suite_of_task(task)
+        benchmark = None if self._included(task) else suite_of_task(task)
         return Suite(
-            task=task, parts=tuple(entry["parts"]), judge=own.judge if own else bool(entry["judge"]), known=own
+            task=task,
+            parts=tuple(entry["parts"]),
+            judge=benchmark.judge if benchmark else bool(entry["judge"]),
+            known=benchmark,
+            included=self._included(task),
         )
 
-    def _own_tasks(self) -> set[str]:
-        return {name for name, entry in self.tasks.items() if entry.get("own")}
+    def _included(self, task: str) -> bool:
+        return bool(self.tasks.get(task, {}).get("included"))
 
 
 def interpreter(folder: Path) -> Path:
@@ -113,8 +123,8 @@ def open_environment(folder: Path, *, include: Path | None = None) -> SuiteEnvir
     if MODEL not in models:
         raise ConfigError(f"lmms-eval in {folder} does not find genrecal's model: install genrecal anew, then {remedy}")
     if include is not None:
-        own = _list_tasks(folder, include)
-        tasks |= {name: {**entry, "own": True} for name, entry in own.items()}
+        included = _list_tasks(folder, include)
+        tasks |= {name: {**entry, "included": True} for name, entry in included.items()}
     return SuiteEnvironment(folder=folder, version=version, tasks=tasks, include=include)
 
 
@@ -128,8 +138,13 @@ def require_judge(suites: Sequence[Suite], *, environment: Mapping[str, str] | N
     if not asking:
         return None
     environment = os.environ if environment is None else environment
-    kind = environment.get("API_TYPE", "openai")
-    if lacking := [name for name in JUDGE_VARIABLES.get(kind, ()) if not environment.get(name)]:
+    kind = _judge_interface(environment)
+    if kind not in JUDGE_VARIABLES:
+        raise ConfigError(
+            f"{', '.join(asking)}: a judge model scores the answers, but API_TYPE is {kind!r}; "
+            f"known are {' and '.join(JUDGE_VARIABLES)}. Set one of them, or pass --without-judge"
+        )
+    if lacking := [name for name in JUDGE_VARIABLES[kind] if not environment.get(name)]:
         raise ConfigError(
             f"{', '.join(asking)}: a judge model scores the answers, but {' and '.join(lacking)} is not set "
             f"(API_TYPE {kind}). Without it lmms-eval would score such answers 0 or guess. Set it, and OPENAI_API_URL "
@@ -140,15 +155,32 @@ def require_judge(suites: Sequence[Suite], *, environment: Mapping[str, str] | N
 
 def judge_model(environment: Mapping[str, str]) -> str:
     """Return the model that lmms-eval asks, and through which interface."""
-    return f"{environment.get('MODEL_VERSION', 'gpt-4o-2024-11-20')} ({environment.get('API_TYPE', 'openai')})"
+    return f"{environment.get('MODEL_VERSION', 'gpt-4o-2024-11-20')} ({_judge_interface(environment)})"
+
+
+def judge_address(environment: Mapping[str, str]) -> str | None:
+    """Return where the judge is asked, without credentials and query; None where lmms-eval's own default is."""
+    address = environment.get(JUDGE_ADDRESSES[_judge_interface(environment)])
+    if not address:
+        return None
+    parts = urlsplit(address)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _judge_interface(environment: Mapping[str, str]) -> str:
+    return environment.get("API_TYPE", "openai")
 
 
 def _list_tasks(folder: Path, include: Path) -> dict[str, Any]:
     if not include.is_dir():
         raise ConfigError(f"--include-path {include} is no folder; it must hold YAML files of lmms-eval tasks")
-    command = [str(interpreter(folder)), "-m", "launch.suites.task_index", str(include.resolve())]
+    # -P: a folder `launch` where the user stands is not the package
+    command = [str(interpreter(folder)), "-P", "-m", "launch.suites.task_index", str(include.resolve())]
+    variables = os.environ | {FATE_SHARED: str(os.getpid())}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LISTING_TIMEOUT_S)
+        done = subprocess.run(
+            command, env=variables, capture_output=True, text=True, check=False, timeout=LISTING_TIMEOUT_S
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"lmms-eval cannot read the tasks in {include}: {error}") from error
     if done.returncode != 0:

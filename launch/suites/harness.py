@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from launch.processes import FATE_SHARED
+from launch.processes import FATE_SHARED, LAUNCHER_VARIABLES
 from launch.secrets import redact
 from launch.suites.environment import JUDGE_VARIABLES, Suite, SuiteEnvironment
 from launch.suites.plugin import MODEL
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 GRACE_S = 30.0
 """Between SIGTERM and SIGKILL."""
+READER_TIMEOUT_S = 10.0
+"""For the rest of what a process has printed; one that left its group may hold the pipe open for ever."""
 PROGRESS_INTERVAL_S = 30.0
 """Between two lines about progress where standard error is no terminal."""
 STUDENT = "student"
@@ -55,7 +57,10 @@ class SuiteStudent:
     """A student and its name in the record."""
 
     name: str
+    model: str
+    """As it was asked for: a directory, or a model of the hub."""
     path: Path
+    """Where its files are."""
     trust_remote_code: bool = False
 
 
@@ -136,7 +141,7 @@ def run_logged(
         start_new_session=True,
     )
     assert process.stdout is not None
-    reader = threading.Thread(target=_pass_on, args=(process.stdout, log))
+    reader = threading.Thread(target=_pass_on, args=(process.stdout, log), daemon=True)
     reader.start()
     try:
         return process.wait(timeout=timeout_s)
@@ -144,13 +149,16 @@ def run_logged(
         return None
     finally:
         _end(process)
-        reader.join()
+        reader.join(timeout=READER_TIMEOUT_S)
 
 
 def _child_environment(*, without_judge: bool) -> dict[str, str]:
-    hidden = {name for names in JUDGE_VARIABLES.values() for name in names} if without_judge else set()
-    own = {name: value for name, value in os.environ.items() if name not in hidden}
-    return {"PYTHONUNBUFFERED": "1"} | own | {FATE_SHARED: "1"}
+    """Return what lmms-eval inherits: not the place among processes of a launcher, which it would wait for."""
+    hidden = set(LAUNCHER_VARIABLES)
+    if without_judge:
+        hidden |= {name for names in JUDGE_VARIABLES.values() for name in names}
+    passed = {name: value for name, value in os.environ.items() if name not in hidden}
+    return {"PYTHONUNBUFFERED": "1"} | passed | {FATE_SHARED: str(os.getpid())}
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -35,7 +35,8 @@ own=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib
 echo "import site; site.addsitedir('$layer')" >"$own/genrecal_layer.pth"
 "$venv/bin/python" -m pip --disable-pip-version-check -qq install --no-build-isolation --no-compile --no-warn-conflicts \
     -c "$here/constraints.txt" lmms-eval
-"$venv/bin/python" -W ignore -m launch.suites.task_index >"$index.tmp" 2>"$venv/task_index.log" || {
+# -P: a folder `launch` where the user stands is not the package
+"$venv/bin/python" -P -W ignore -m launch.suites.task_index >"$index.tmp" 2>"$venv/task_index.log" || {
     tail -n 20 "$venv/task_index.log" >&2
     exit 1
 }

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from launch.processes import end_with_parent
+
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -10,7 +12,8 @@ MODEL = "genrecal"
 
 
 def manifest() -> "ModelManifest":
-    """Return where lmms-eval finds the model; called while it fills its registry."""
+    """Return where lmms-eval finds the model; called while it fills its registry, before it reads tasks and data."""
+    end_with_parent()
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id=MODEL, chat_class_path="launch.suites.student_model.StudentModel")

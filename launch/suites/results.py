@@ -36,8 +36,12 @@ class SuiteResult(StrictConfig):
     """A suite that one student has been through."""
 
     student: str
+    source: str
+    """What the student was loaded from: a model of the hub, or a directory, seen from that of the record if inside."""
     suite: str
     """Task or group of lmms-eval."""
+    included: bool
+    """Whether it came from a folder of the user, so that its name says nothing."""
     identity: str
     """SHA-256 over what decides the figures: weights and other files of the student, tasks, judge, settings."""
     lmms_eval: str
@@ -55,14 +59,17 @@ class SuiteFailure(StrictConfig):
     """A suite that came to no end."""
 
     student: str
+    source: str
     suite: str
+    identity: str
+    """As of a result."""
     reason: str
     log: str
     """Where lmms-eval says more."""
 
 
 class SuiteRecord(StrictConfig):
-    """What suites.json holds: one entry per student and suite, in either list."""
+    """What suites.json holds: one entry per student and suite, in one of the lists."""
 
     results: tuple[SuiteResult, ...] = ()
     failures: tuple[SuiteFailure, ...] = ()
@@ -71,14 +78,27 @@ class SuiteRecord(StrictConfig):
         """Return what is known of a student and a suite."""
         return next((one for one in self.results if (one.student, one.suite) == (student, suite)), None)
 
+    def sources(self, student: str) -> set[str]:
+        """Return what a student of this name was loaded from."""
+        pairs = [(one.student, one.source) for one in self.results] + [
+            (one.student, one.source) for one in self.failures
+        ]
+        return {source for name, source in pairs if name == student}
+
+    def without(self, student: str, suite: str) -> "SuiteRecord":
+        """Return the record with nothing of a student and a suite."""
+        pair = (student, suite)
+        return SuiteRecord(
+            results=tuple(one for one in self.results if (one.student, one.suite) != pair),
+            failures=tuple(one for one in self.failures if (one.student, one.suite) != pair),
+        )
+
     def with_outcome(self, outcome: SuiteResult | SuiteFailure) -> "SuiteRecord":
-        """Return the record with an outcome in the place of earlier ones; a failure leaves an earlier result."""
-        pair = (outcome.student, outcome.suite)
-        failures = tuple(one for one in self.failures if (one.student, one.suite) != pair)
+        """Return the record with an outcome in the place of earlier ones."""
+        others = self.without(outcome.student, outcome.suite)
         if isinstance(outcome, SuiteFailure):
-            return SuiteRecord(results=self.results, failures=(*failures, outcome))
-        results = tuple(one for one in self.results if (one.student, one.suite) != pair)
-        return SuiteRecord(results=(*results, outcome), failures=failures)
+            return SuiteRecord(results=others.results, failures=(*others.failures, outcome))
+        return SuiteRecord(results=(*others.results, outcome), failures=others.failures)
 
 
 def read_record(path: Path) -> SuiteRecord:

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from distill.evaluate import EvaluationSettings, answer_texts, batches_of, encode_prompts, greedy, load_chat_model
 from distill.records import to_device
-from launch.processes import end_with_parent
 from teacher_cache.chat import tokenizer_of
 from teacher_cache.config import Dtype
 from teacher_cache.rendering import render_prompt
@@ -53,7 +52,6 @@ class StudentModel(lmms):
             rest: What lmms-eval passes to every model.
         """
         super().__init__()
-        end_with_parent()
         self.batch_size = int(batch_size)
         settings = EvaluationSettings(
             batch_size=self.batch_size,

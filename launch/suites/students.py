@@ -7,7 +7,7 @@ from launch.results import evaluated_models
 from launch.run_config import RunConfig
 from launch.suggestions import suggestion
 from launch.suites.harness import SuiteStudent
-from launch.suites.results import RECORD
+from launch.suites.results import RECORD, SuiteRecord
 from teacher_cache.errors import ConfigError
 
 
@@ -26,7 +26,13 @@ def find_students(wanted: str | None, config: RunConfig | None) -> list[SuiteStu
                 f"--student {wanted} {what} a directory with a config.json{suggestion(wanted, names)}: "
                 "`genrecal export` writes one"
             )
-        return [SuiteStudent(name=Path(wanted).resolve().name, path=Path(wanted))]
+        found = SuiteStudent(name=Path(wanted).resolve().name, model=wanted, path=Path(wanted))
+        if other := next((one for one in models if one.name == found.name and not _same(one.model, wanted)), None):
+            raise ConfigError(
+                f"--student {wanted} has the name of the run's student at {other.model}, whose figures it would "
+                f"replace: rename the directory, or leave out the run file and name a folder with --output"
+            )
+        return [found]
     if config is None:
         raise ConfigError("--suite needs a student: `--student DIR`, or a run file")
     from distill.student import resolve_model
@@ -34,6 +40,7 @@ def find_students(wanted: str | None, config: RunConfig | None) -> list[SuiteStu
     students = [
         SuiteStudent(
             name=model.name,
+            model=model.model,
             path=resolve_model(model.model, revision=model.revision),
             trust_remote_code=model.trust_remote_code,
         )
@@ -60,3 +67,38 @@ def output_folder(wanted: Path | None, config: RunConfig | None, students: Seque
     if folder.name != "students":
         raise ConfigError(f"the student at {students[0].path} lies in no run: name a folder for {RECORD} with --output")
     return folder.parent
+
+
+def source_of(student: SuiteStudent, *, output_dir: Path) -> str:
+    """Return what a student is loaded from, as the record in a folder says it."""
+    return _source(student.model, output_dir=output_dir)
+
+
+def require_free_names(students: Sequence[SuiteStudent], *, record: SuiteRecord, output_dir: Path) -> None:
+    """Refuse a student whose name another one holds, in the record or among the trained of the run.
+
+    Raises:
+        ConfigError: Its figures and answers would replace those of the other.
+    """
+    for student in students:
+        holders = record.sources(student.name)
+        trained = output_dir / "students" / student.name
+        if (trained / "config.json").is_file():
+            holders.add(_source(str(trained), output_dir=output_dir))
+        if others := sorted(holders - {source_of(student, output_dir=output_dir)}):
+            raise ConfigError(
+                f"the student at {student.model} is called {student.name}, as the one at {', '.join(others)} of "
+                f"{output_dir}, whose figures it would replace: rename its directory, or name another folder for "
+                f"{RECORD} with --output"
+            )
+
+
+def _source(model: str, *, output_dir: Path) -> str:
+    if not Path(model).is_dir():
+        return model
+    path, folder = Path(model).resolve(), output_dir.resolve()
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def _same(path: str, other: str) -> bool:
+    return Path(path).resolve() == Path(other).resolve()

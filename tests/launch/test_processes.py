@@ -1,5 +1,6 @@
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -9,7 +10,7 @@ import pytest
 
 from launch import pipeline
 from launch.pipeline import run_pipeline, timed
-from launch.processes import process_rank, run_process, trainer_environment, under_launcher
+from launch.processes import FATE_SHARED, process_rank, run_process, trainer_environment, under_launcher
 from launch.run_config import RunConfig
 from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.errors import CacheIncomplete, ConfigError
@@ -41,6 +42,20 @@ def test_sigterm_is_passed_on_and_reported(tmp_path: Path) -> None:
     threading.Thread(target=terminate_when_ready).start()
     assert run_process([sys.executable, "-c", code], environment=os.environ) == 128 + signal.SIGTERM
     assert ended.exists()
+
+
+def test_a_process_ends_where_its_parent_is_gone_already_but_not_below_one_that_is_alive() -> None:
+    alive = [sys.executable, "-c", "from launch.processes import end_with_parent; end_with_parent()"]
+    below = [sys.executable, "-c", f"import subprocess, sys; sys.exit(subprocess.run({alive!r}).returncode)"]
+    ended = subprocess.Popen(["true"])  # not waited for: its place in the table of processes is still taken
+    while Path(f"/proc/{ended.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    gone = os.environ | {FATE_SHARED: str(ended.pid)}
+    assert run_process(alive, environment=trainer_environment(num_processes=1)) == 0
+    assert run_process(below, environment=trainer_environment(num_processes=1)) == 0
+    assert run_process(alive, environment=gone) == 128 + signal.SIGKILL
+    ended.wait()
+    assert run_process(alive, environment=gone) == 128 + signal.SIGKILL
 
 
 def test_cores_are_shared_out_and_own_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -13,12 +16,15 @@ import pytest
 import yaml
 
 from launch.cli import main
+from launch.processes import FATE_SHARED, LAUNCHER_VARIABLES
+from launch.provenance import run_file_path
 from launch.report import write_report
-from launch.suites import command
+from launch.suites import command, harness
 from launch.suites.environment import INDEX, open_environment, require_judge
 from launch.suites.harness import SuiteFailed, SuiteSettings, SuiteStudent, run_logged, run_suite, suite_command
+from launch.suites.identity import folder_digest, suite_identity
 from launch.suites.known import KNOWN_SUITES, known_suite
-from launch.suites.results import SuiteFailure, read_figures, read_record
+from launch.suites.results import read_figures, read_record
 from teacher_cache.errors import ConfigError, DataError
 from tests.launch.small_run import write_small_run
 
@@ -39,6 +45,7 @@ from pathlib import Path
 asked = sys.argv[sys.argv.index("--tasks") + 1]
 print("token", os.environ.get("HF_TOKEN"), flush=True)
 print("judged" if "OPENAI_API_KEY" in os.environ else "no judge", flush=True)
+print("launched", sorted(os.environ.keys() & {launcher!r}), "by", os.environ[{parent!r}], flush=True)
 with open({calls!r}, "a") as file:
     file.write(asked + "\\n")
 if asked == "mmstar":
@@ -71,7 +78,8 @@ def environment_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "venv"
     (folder / "bin").mkdir(parents=True)
     python = folder / "bin" / "python"
-    python.write_text(FAKE.format(python=sys.executable, calls=str(tmp_path / "calls"), results=json.dumps(RESULTS)))
+    names = {"launcher": LAUNCHER_VARIABLES, "parent": FATE_SHARED, "calls": str(tmp_path / "calls")}
+    python.write_text(FAKE.format(python=sys.executable, results=json.dumps(RESULTS), **names))
     python.chmod(0o755)
     tasks = {
         suite.task: {"parts": [suite.task], "judge": False, "output_types": ["generate_until"]}
@@ -103,7 +111,7 @@ def calls(student: Path) -> list[str]:
 
 def test_a_command_line_names_no_path_of_the_student(environment_folder: Path, student: Path) -> None:
     environment = open_environment(environment_folder)
-    asked = SuiteStudent(name="small", path=student, trust_remote_code=True)
+    asked = SuiteStudent(name="small", model=str(student), path=student, trust_remote_code=True)
     limited = SuiteSettings(dtype="bfloat16", batch_size=2, limit=5, timeout_s=1.0)
     line = suite_command(environment.suite("MMMU"), student=asked, environment=environment, settings=limited)
     assert line[:3] == [str(environment_folder / "bin" / "python"), "-m", "lmms_eval"]
@@ -207,6 +215,28 @@ def test_a_judge_is_asked_for_by_the_interface_in_use(environment_folder: Path) 
     assert found == "mine (openai)"
     with pytest.raises(ConfigError, match=r"mathverse.*AZURE_API_KEY and AZURE_ENDPOINT"):
         require_judge(suites, environment={"API_TYPE": "azure", "OPENAI_API_KEY": "k"})
+    with pytest.raises(ConfigError, match=r"mathverse.*'bedrock'.*openai and azure"):
+        require_judge(suites, environment={"API_TYPE": "bedrock", "OPENAI_API_KEY": "k"})
+
+
+def test_a_task_of_the_user_is_not_the_one_whose_name_it_has(
+    student: Path, environment_folder: Path, tmp_path: Path
+) -> None:
+    python = environment_folder / "bin" / "python"
+    tasks = {
+        name: {"parts": [name], "judge": False, "output_types": ["generate_until"]} for name in ("mmvet", "mmmu_val")
+    }
+    listing = f"if 'launch.suites.task_index' in sys.argv:\n    sys.exit(print({json.dumps({'tasks': tasks})!r}))\n"
+    python.write_text(python.read_text().replace("asked =", f"{listing}asked =", 1))
+    include = tmp_path / "own"
+    include.mkdir()
+    suite = open_environment(environment_folder, include=include).suite("mmvet")
+    assert (suite.judge, suite.known) == (False, None)
+    assert evaluate(student, environment_folder, "mmmu", "--include-path", str(include)) == 0
+    page = write_report(student.parents[1]).read_text()
+    assert "<th>mmmu_val</th>" in page
+    assert "MMMU" not in page
+    assert "50.0\u202f%" not in page
 
 
 @pytest.mark.parametrize("damage", ["none", "no index", "no plug-in"])
@@ -257,10 +287,10 @@ def test_what_decides_the_figures_is_in_the_identity(
     own.mkdir()
 
     def identity(task: str = "mmvet", *, settings: SuiteSettings = SETTINGS, included: bool = False) -> str:
-        return command.suite_identity(
+        return suite_identity(
             environment.suite(task),
-            student=command.folder_digest(student),
-            tasks=command.folder_digest(own) if included else None,
+            student=folder_digest(student),
+            tasks=folder_digest(own) if included else None,
             lmms_eval=environment.version,
             settings=settings,
         )
@@ -276,6 +306,11 @@ def test_what_decides_the_figures_is_in_the_identity(
     monkeypatch.setenv("MODEL_VERSION", "another judge")
     assert identity("mmmu") == seen[1]
     seen.append(identity())
+    monkeypatch.setenv("OPENAI_API_URL", "https://judge.example/v1")
+    assert identity("mmmu") == seen[1]
+    seen.append(identity())
+    monkeypatch.setenv("OPENAI_API_URL", "https://user:password@judge.example/v1?token=secret")
+    assert identity() == seen[-1]
     (student / "chat_template.jinja").write_text("other")
     seen.append(identity())
     assert len(set(seen)) == len(seen)
@@ -321,7 +356,7 @@ def test_a_suite_that_takes_too_long_ends_with_all_its_processes(
     with pytest.raises(SuiteFailed, match="longer than"):
         run_suite(
             environment.suite("mmmu"),
-            student=SuiteStudent(name="small", path=student),
+            student=SuiteStudent(name="small", model=str(student), path=student),
             work_dir=tmp_path / "work",
             log=tmp_path / "log",
             environment=environment,
@@ -349,6 +384,52 @@ def test_bars_go_to_the_console_and_lines_to_the_log_too(tmp_path: Path, capfd: 
     assert capfd.readouterr().err.splitlines() == ["first", " 10%", "last"]
 
 
+def test_a_process_that_left_its_group_does_not_hold_up_the_next_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "READER_TIMEOUT_S", 0.2)
+    left = tmp_path / "left"
+    script = (
+        "import subprocess\n"
+        "left = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        f"open({str(left)!r}, 'w').write(str(left.pid))\n"
+        "print('done', flush=True)\n"
+    )
+    log = tmp_path / "log"
+    assert run_logged([sys.executable, "-c", script], cwd=tmp_path, log=log, timeout_s=60, environment=os.environ) == 0
+    pid = int(left.read_text())
+    assert is_running(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert log.read_text() == "done\n"
+
+
+def test_lmms_eval_knows_its_parent_and_no_launcher(
+    student: Path, environment_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    assert evaluate(student, environment_folder, "mmmu") == 0
+    log = student.parents[1] / "logs" / "suite-small-mmmu_val.log"
+    assert f"launched [] by {os.getpid()}" in log.read_text()
+
+
+def test_lmms_eval_ends_before_it_begins_where_its_parent_is_gone(tmp_path: Path) -> None:
+    registry = tmp_path / "lmms_eval" / "models" / "registry_v2.py"
+    registry.parent.mkdir(parents=True)
+    registry.write_text("ModelManifest = dict")
+    script = "from launch.suites.plugin import manifest; print(manifest()['model_id'])"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    ends = {}
+    for parent in (os.getpid(), gone.pid):
+        variables = os.environ | {"PYTHONPATH": str(tmp_path), FATE_SHARED: str(parent)}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=False
+        )
+        ends[parent] = (done.returncode, done.stdout)
+    assert ends == {os.getpid(): (0, "genrecal\n"), gone.pid: (-signal.SIGKILL, "")}
+
+
 def test_figures_of_several_filters_have_a_row_each(student: Path, environment_folder: Path) -> None:
     evaluate(student, environment_folder, "mmmu")
     path = student.parents[1] / "suites.json"
@@ -357,13 +438,60 @@ def test_figures_of_several_filters_have_a_row_each(student: Path, environment_f
     assert all(words in page for words in ("50.0\u202f%", "25.0\u202f%", "mmmu_acc (flexible)"))
 
 
-def test_a_failure_leaves_an_earlier_result(student: Path, environment_folder: Path) -> None:
-    evaluate(student, environment_folder, "mmmu")
-    record = read_record(student.parents[1] / "suites.json")
-    failed = record.with_outcome(SuiteFailure(student="small", suite="mmmu_val", reason="r", log="l"))
-    assert failed.results == record.results
-    assert len(failed.failures) == 1
-    assert failed.with_outcome(record.results[0]).failures == ()
+def test_figures_go_with_the_weights_that_gave_them(student: Path, environment_folder: Path) -> None:
+    path, python = student.parents[1] / "suites.json", environment_folder / "bin" / "python"
+    assert evaluate(student, environment_folder, "mmmu") == 0
+    before, works = read_record(path), python.read_text()
+    (student / "model.safetensors").write_bytes(b"other weights")
+    python.write_text(works.replace('asked == "mmstar"', 'asked == "mmmu_val"'))
+    assert evaluate(student, environment_folder, "mmmu") == 3
+    failed = read_record(path)
+    assert failed.results == ()
+    assert [one.suite for one in failed.failures] == ["mmmu_val"]
+    assert failed.failures[0].identity != before.results[0].identity
+    (student / "model.safetensors").write_bytes(b"weights")
+    python.write_text(works)
+    assert evaluate(student, environment_folder, "mmmu") == 0
+    after = read_record(path)
+    assert [one.identity for one in after.results] == [before.results[0].identity]
+    assert after.failures == ()
+
+
+def test_figures_of_earlier_weights_do_not_outlive_a_run_that_is_cut_short(
+    student: Path, environment_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert evaluate(student, environment_folder, "mmmu") == 0
+    (student / "model.safetensors").write_bytes(b"other weights")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_suite", interrupted)
+    assert evaluate(student, environment_folder, "mmmu") == 130
+    assert read_record(student.parents[1] / "suites.json").results == ()
+
+
+def test_a_student_does_not_take_the_name_of_another(
+    student: Path, environment_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, other, output = student.parents[1], tmp_path / "elsewhere" / "small", tmp_path / "output"
+    shutil.copytree(student, other)
+    assert evaluate(other, environment_folder, "mmmu", "--output", str(run_dir)) == 2  # not scored yet, but there
+    assert "rename its directory" in capsys.readouterr().err
+    assert evaluate(student, environment_folder, "mmmu", "--output", str(output)) == 0
+    assert evaluate(other, environment_folder, "mmmu", "--output", str(output)) == 2
+    assert evaluate(other, environment_folder, "mmstar", "--output", str(tmp_path / "failures")) == 3
+    assert evaluate(student, environment_folder, "mmmu", "--output", str(tmp_path / "failures")) == 2
+    assert calls(student) == ["mmmu_val", "mmstar"]
+    assert [one.source for one in read_record(output / "suites.json").results] == [str(student.resolve())]
+
+
+def test_a_run_that_was_moved_keeps_its_figures(student: Path, environment_folder: Path, tmp_path: Path) -> None:
+    assert evaluate(student, environment_folder, "mmmu") == 0
+    moved = student.parents[1].rename(student.parents[2] / "moved")
+    assert evaluate(moved / "students" / "small", environment_folder, "mmmu") == 0
+    assert [one.source for one in read_record(moved / "suites.json").results] == ["students/small"]
+    assert calls(student) == ["mmmu_val"]
 
 
 def test_a_record_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -403,10 +531,16 @@ def test_the_students_of_a_run_are_those_that_exist(
     assert main(["eval", *words]) == 0
     record = read_record(run_file.parent / "suites.json")
     assert [one.student for one in record.results] == ["small-untouched", "small", "untrained-untouched"]
+    told = run_file_path(run_file.parent / "suites.json").read_text().splitlines()[0]
+    assert "`genrecal eval` of this file" in told
+    assert "suites.json.provenance.json" in told
     assert main(["eval", *words, "--student", "untrained"]) == 2
     assert "student untrained is not trained yet" in capsys.readouterr().err
     assert main(["eval", *words, "--student", "smal"]) == 2
     assert "did you mean 'small'?" in capsys.readouterr().err
+    other = shutil.copytree(run_file.parent / "students" / "given", environment_folder.parent / "untrained")
+    assert main(["eval", *words, "--student", str(other)]) == 2
+    assert "has the name of the run's student" in capsys.readouterr().err
 
 
 def test_options_of_suites_go_with_a_suite(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,10 +42,10 @@ def packages(tmp_path: Path) -> Path:
     return folder
 
 
-def install(venv: Path, *, packages: Path) -> "subprocess.CompletedProcess[str]":
+def install(venv: Path, *, packages: Path, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"PYTHONPATH": str(packages), "PIP_CALLS": str(packages / "calls")}
     command = [str(INSTALLER), str(venv), sys.executable]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def pip_calls(packages: Path) -> list[str]:
@@ -71,6 +71,19 @@ def test_an_environment_is_made_once_and_again_where_it_is_not_whole(packages: P
     assert install(venv, packages=packages).returncode == 0
     assert open_environment(venv).version == "0.7.3"
     assert len(pip_calls(packages)) == 3
+
+
+def test_a_folder_named_launch_where_the_user_stands_is_not_the_package(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    (here / "launch").mkdir(parents=True)
+    (here / "launch" / "__init__.py").write_text("raise RuntimeError('another package')")
+    made = install(tmp_path / "venv", packages=packages, cwd=here)
+    assert made.returncode == 0, made.stderr
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    assert "three" in open_environment(tmp_path / "venv", include=tmp_path).tasks
 
 
 def test_groups_within_groups_are_known_by_their_tasks(packages: Path, tmp_path: Path) -> None:
