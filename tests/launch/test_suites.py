@@ -388,18 +388,17 @@ def test_a_process_that_left_its_group_does_not_hold_up_the_next_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(harness, "READER_TIMEOUT_S", 0.2)
-    left = tmp_path / "left"
+    left, over = tmp_path / "left", tmp_path / "over"
     script = (
         "import subprocess\n"
-        "left = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        "left = subprocess.Popen(['sh', '-c', 'sleep 60; echo > over'], start_new_session=True)\n"
         f"open({str(left)!r}, 'w').write(str(left.pid))\n"
         "print('done', flush=True)\n"
     )
     log = tmp_path / "log"
     assert run_logged([sys.executable, "-c", script], cwd=tmp_path, log=log, timeout_s=60, environment=os.environ) == 0
-    pid = int(left.read_text())
-    assert is_running(pid)
-    os.kill(pid, signal.SIGKILL)
+    assert not over.exists()
+    os.killpg(int(left.read_text()), signal.SIGKILL)
     assert log.read_text() == "done\n"
 
 
