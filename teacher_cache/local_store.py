@@ -254,5 +254,9 @@ def _sync_folder(path: Path) -> None:
 
 def _remove_folder(path: Path) -> None:
     while path.is_dir():
-        with suppress(FileNotFoundError):  # another process removes it too
+        try:
             shutil.rmtree(path)
+        except OSError as error:
+            # another process removes it too, or has not noticed yet that what it writes there is in vain
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise

@@ -47,6 +47,17 @@ LONGEST_FIRST = (
     "tests/teacher_cache/test_fuzz.py",
 )
 """The files that take minutes, so that none of them begins when the other processes are about to end."""
+RAY_WITHIN = (
+    "tests/teacher_cache/test_build.py",
+    "tests/teacher_cache/test_build_chaos.py",
+    "tests/teacher_cache/test_build_pool.py",
+    "tests/teacher_cache/test_answer_pool.py",
+    "tests/teacher_cache/test_answers.py",
+    "tests/launch/test_ray_privacy.py",
+    "tests/launch/test_launchers.py",
+    "tests/launch/test_submit_ray.py",
+)
+"""The files that run Ray or gRPC in the tests' own process: threads stay that no fork survives, so they come last."""
 
 
 class _FilesAndTheDemo(LoadFileScheduling):
@@ -63,9 +74,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes the longest."""
+    """Begin with what takes the longest, and end with what spoils a process for forks."""
     place = {path: number for number, path in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+    path_of = {item: item.nodeid.partition("::")[0] for item in items}
+    items.sort(key=lambda item: (path_of[item] in RAY_WITHIN, place.get(path_of[item], len(place))))
     for item in items:
         if "demo" in getattr(item, "fixturenames", ()) and item.nodeid.partition("::")[0] not in DEMO:
             raise pytest.UsageError(f"{item.nodeid} uses the fixture demo: add its file to DEMO, lest it runs twice")

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,21 +66,15 @@ def spread(items: Sequence[T], work: Callable[[T, Path], object]) -> None:
                 try:
                     work(item, place)
                 except BaseException:
-                    failures.put(f"{item}:\n{traceback.format_exc()}")
+                    failures.put(f"{item}:\n{_last_error()}")
                     failed.set()
                     return
                 shutil.rmtree(place)
                 if failed.is_set():
                     break
-        failures.put("")
 
-    processes: list[Any] = [context.Process(target=labour, args=(number,)) for number in range(WORKERS)]
-    for process in processes:
-        process.start()
-    found = [failures.get() for _ in processes]
-    for process in processes:
-        process.join()
-    assert not any(found), "\n".join(found)
+    processes = [context.Process(target=labour, args=(number,)) for number in range(WORKERS)]
+    _run(processes, failures, on_failure=failed.set)
 
 
 def run_together(acts: Sequence[Callable[[], object]], *, on_failure: Callable[[], object]) -> None:
@@ -97,14 +92,28 @@ def run_together(acts: Sequence[Callable[[], object]], *, on_failure: Callable[[
             act()
         except BaseException:
             on_failure()
-            failures.put(traceback.format_exc())
-        else:
-            failures.put("")
+            failures.put(_last_error())
 
-    processes: list[Any] = [context.Process(target=labour, args=(act,)) for act in acts]
+    _run([context.Process(target=labour, args=(act,)) for act in acts], failures, on_failure=on_failure)
+
+
+def _last_error() -> str:
+    """Return the end of what went wrong, short enough for a pipe that nobody reads yet."""
+    return traceback.format_exc()[-10_000:]
+
+
+def _run(processes: Sequence[Any], failures: Any, *, on_failure: Callable[[], object]) -> None:
+    """Wait for all; one that dies tells nothing, and the others must not wait for it."""
     for process in processes:
         process.start()
-    found = [failures.get() for _ in processes]
-    for process in processes:
-        process.join()
-    assert not any(found), "\n".join(found)
+    running = {process.sentinel: process for process in processes}
+    while running:
+        for sentinel in wait(list(running)):
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                on_failure()
+    found = [f"a process ended with exit code {process.exitcode}" for process in processes if process.exitcode]
+    while not failures.empty():
+        found.append(failures.get())
+    assert not found, "\n".join(found)
