@@ -15,6 +15,7 @@ os.environ |= {
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "demo" in getattr(item, "fixturenames", ()) and item.nodeid.partition("::")[0] not in DEMO:
             raise pytest.UsageError(f"{item.nodeid} uses the fixture demo: add its file to DEMO, lest it runs twice")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_launched() -> Iterator[None]:
+    """Take back what an engine in the tests' process (vLLM's, on a CPU) tells the processes that later tests start."""
+    yield
+    os.environ.pop("LOCAL_WORLD_SIZE", None)
 
 
 CORPUS = (
