@@ -6,6 +6,7 @@ run that was killed anywhere is continued by starting it again.
 
 import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +27,13 @@ from launch.run_students import RunStudent
 from launch.train_commands import evaluate_run
 from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.durable_files import replace_file
-from teacher_cache.errors import ConfigError, GenrecalError
+from teacher_cache.errors import CacheIncomplete, ConfigError, GenrecalError
 
 logger = logging.getLogger(__name__)
+
+
+class TrainingFailed(GenrecalError):
+    """A student whose training failed; the others of its run can go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +68,12 @@ def run_command(argv: Sequence[str]) -> int:
 def run_pipeline(*configs: RunConfig) -> None:
     """Build, train, evaluate and report; several run files must share folder and cache, and get one report.
 
+    A student whose training fails does not keep the others from being trained, scored and reported.
+
     Raises:
         ConfigError: The run files differ in ``output_dir``, ``cache`` or ``answers``.
-        GenrecalError: A step failed; its own message says how to go on.
+        TrainingFailed: Students could not be trained; everything else is done.
+        GenrecalError: Another step failed; its own message says how to go on.
     """
     first = configs[0]
     if any(_shared(config) != _shared(first) for config in configs):
@@ -79,14 +87,29 @@ def run_pipeline(*configs: RunConfig) -> None:
     if any(config.evaluation is not None for config in configs):
         steps.append(Step(name="report", action=partial(report, first)))
     took: dict[str, float] = {}
+    failed: list[TrainingFailed] = []
     for number, step in enumerate(steps, start=1):
         logger.info("step %d of %d: %s%s", number, len(steps), step.name, _left(steps[number - 1 :], took))
-        with timed(output_dir, step=step.name) as timing:
-            timing.counts = step.action()
+        try:
+            with timed(output_dir, step=step.name) as timing:
+                timing.counts = step.action()
+        except TrainingFailed as error:
+            logger.error("%s", error)
+            failed.append(error)
         if timing.counts:
             took[step.name] = timing.seconds
     if took or not (output_dir / ACCOUNTING).exists():
         account(configs)
+    if failed:
+        raise _joined(failed)
+
+
+def _joined(failed: Sequence[TrainingFailed]) -> TrainingFailed:
+    """Return one error for all: where running again gets any of them further, its exit code says so."""
+    error = TrainingFailed("; ".join(map(str, failed)))
+    codes = [one.exit_code for one in failed]
+    error.exit_code = CacheIncomplete.exit_code if CacheIncomplete.exit_code in codes else codes[0]
+    return error
 
 
 def _left(steps: Sequence[Step], took: Mapping[str, float]) -> str:
@@ -150,7 +173,7 @@ def train(config: RunConfig, student: RunStudent, *, run_file: Path) -> bool:
     """Train one student in processes of its own, so that this one stays free of torch.distributed.
 
     Raises:
-        GenrecalError: Training failed.
+        TrainingFailed: It did.
     """
     output_dir = Path(config.output_dir)
     marker = output_dir / "training" / student.name / "COMPLETE"
@@ -160,15 +183,19 @@ def train(config: RunConfig, student: RunStudent, *, run_file: Path) -> bool:
         return False
     command = [sys.executable, "-m", "launch.cli", "train", str(run_file), "--student", student.name]
     code = run_process(command, environment=trainer_environment(num_processes=config.train.num_processes))
-    if code > 128:
-        raise SystemExit(code)
     if code != 0:
-        log = output_dir / "logs" / f"train-{student.name}.log"
-        error = GenrecalError(f"training {student.name} failed with exit code {code}; see {log}. Run again to resume.")
-        error.exit_code = code
-        raise error
+        raise _training_failed(student, code, log=output_dir / "logs" / f"train-{student.name}.log")
     marker.write_text(key)
     return True
+
+
+def _training_failed(student: RunStudent, code: int, *, log: Path) -> TrainingFailed:
+    how = f"failed with exit code {code}"
+    if code - 128 in set(signal.Signals):
+        how = f"was ended by {signal.Signals(code - 128).name}" + " (out of memory?)" * (code - 128 == signal.SIGKILL)
+    error = TrainingFailed(f"training {student.name} {how}; see {log}. Run again to resume")
+    error.exit_code = code
+    return error
 
 
 def _training_key(config: RunConfig, student: RunStudent) -> str:

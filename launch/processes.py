@@ -62,7 +62,11 @@ def _is_running(pid: int) -> bool:
 
 
 def run_process(command: Sequence[str], *, environment: Mapping[str, str]) -> int:
-    """Run a command to its end and return its exit code: 128 + n when signal n reached this process meanwhile."""
+    """Run a command to its end and return its exit code, 128 + n where signal n ended it.
+
+    Raises:
+        SystemExit: With 128 + n: signal n reached this process meanwhile; it was passed on.
+    """
     received: list[int] = []
     process = subprocess.Popen(command, env=dict(environment))
 
@@ -77,7 +81,7 @@ def run_process(command: Sequence[str], *, environment: Mapping[str, str]) -> in
         for number, handler in previous.items():
             signal.signal(number, handler)
     if received:
-        return 128 + received[0]
+        raise SystemExit(128 + received[0])
     return code if code >= 0 else 128 - code
 
 

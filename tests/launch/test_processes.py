@@ -4,12 +4,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch import pipeline
-from launch.pipeline import run_pipeline, timed
+from launch.pipeline import TrainingFailed, run_pipeline, timed
 from launch.processes import FATE_SHARED, process_rank, run_process, trainer_environment, under_launcher
 from launch.run_config import RunConfig
 from teacher_cache.answers_config import AnswersConfig
@@ -40,7 +42,9 @@ def test_sigterm_is_passed_on_and_reported(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=terminate_when_ready).start()
-    assert run_process([sys.executable, "-c", code], environment=os.environ) == 128 + signal.SIGTERM
+    with pytest.raises(SystemExit) as caught:
+        run_process([sys.executable, "-c", code], environment=os.environ)
+    assert caught.value.code == 128 + signal.SIGTERM
     assert ended.exists()
 
 
@@ -113,6 +117,45 @@ def test_answers_are_written_before_the_cache_is_built(tmp_path: Path, monkeypat
         with pytest.raises(CacheIncomplete):
             run_pipeline(RunConfig.model_validate(values | {"answers": answers}))
     assert steps == ["build from new.parquet", "answers from old.parquet", "build from new.parquet"]
+
+
+def test_a_student_that_fails_does_not_keep_the_others_from_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes = {"first": 4, "second": 0, "third": 3, "fourth": 128 + signal.SIGKILL}
+    steps: list[str] = []
+
+    def train_in_a_process(command: Sequence[str], **_: object) -> int:
+        steps.append(command[-1])
+        (tmp_path / "training" / command[-1]).mkdir(parents=True, exist_ok=True)
+        return outcomes[command[-1]]
+
+    monkeypatch.setattr(pipeline, "build", lambda _: False)
+    monkeypatch.setattr(pipeline, "_training_key", lambda *_: "key")
+    monkeypatch.setattr(pipeline, "run_process", train_in_a_process)
+    monkeypatch.setattr(pipeline, "evaluate", lambda _: steps.append("evaluate") or True)
+    monkeypatch.setattr(pipeline, "report", lambda _: steps.append("report") or True)
+    monkeypatch.setattr(pipeline, "account", lambda _: steps.append("account"))
+    values: dict[str, Any] = {
+        "output_dir": str(tmp_path),
+        "cache": {"uri": "c", "teacher": {"model": "t"}, "data": {"path": "d.parquet"}},
+        "students": [{"name": name, "model": "m"} for name in outcomes],
+        "evaluation": {"data": "held-out.parquet"},
+    }
+    with pytest.raises(TrainingFailed) as caught:
+        run_pipeline(RunConfig.model_validate(values))
+    assert steps == [*outcomes, "evaluate", "report", "account"]
+    assert caught.value.exit_code == 3, "running again gets the third further"
+    assert "first failed with exit code 4" in str(caught.value)
+    assert "fourth was ended by SIGKILL (out of memory?)" in str(caught.value)
+    assert "second" not in str(caught.value)
+    assert (tmp_path / "training" / "second" / "COMPLETE").read_text() == "key"
+    assert not (tmp_path / "training" / "first" / "COMPLETE").exists()
+
+    outcomes |= {"second": 0, "third": 0, "fourth": 0}
+    with pytest.raises(TrainingFailed, match="first failed with exit code 4") as caught:
+        run_pipeline(RunConfig.model_validate(values))
+    assert caught.value.exit_code == 4, "running again is useless"
 
 
 def test_timings_add_up_over_runs_and_survive_a_failure(tmp_path: Path) -> None:
