@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.clusters.jobs import Job, run_jobs
+from launch.clusters.jobs import Job, Kind, run_jobs
 from launch.clusters.journal import Submission, append, latest
 from launch.clusters.programs import run_program
 from launch.clusters.slurm import Places, Script, cache_script, report_script, train_script
@@ -58,9 +58,9 @@ def plan_slurm(config: RunConfig, jobs: Sequence[Job]) -> list[Batch]:
     return batches
 
 
-def sbatch_command(path: Path, *, after: str | None) -> list[str]:
-    """Return the command that submits a script once the job ``after`` has succeeded."""
-    dependency = [] if after is None else [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+def sbatch_command(path: Path, *, after: Sequence[str]) -> list[str]:
+    """Return the command that submits a script once the jobs ``after`` have succeeded."""
+    dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
     return ["sbatch", "--parsable", *dependency, str(path)]
 
 
@@ -69,12 +69,12 @@ def describe_slurm(config: RunConfig) -> str:
     jobs = run_jobs(config)
     folder = submit_folder(config) / "slurm"
     parts = [f"# complete already: {job.label}\n" for job in jobs if job.complete]
-    after = None
+    after: list[str] = []
     commands = []
     for batch in plan_slurm(config, jobs):
         parts.append(f"# ==> {folder / batch.file}\n{batch.script.text}")
         commands.append(shlex.join(sbatch_command(folder / batch.file, after=after)))
-        after = f"<{batch.file.removesuffix('.sbatch')}>"
+        after = [f"<{batch.file.removesuffix('.sbatch')}>"]
     parts.append("".join(f"# {command}\n" for command in commands))
     return "\n".join(parts)
 
@@ -82,36 +82,44 @@ def describe_slurm(config: RunConfig) -> str:
 def submit_slurm(config: RunConfig) -> list[Outcome]:
     """Write the scripts and submit what is neither complete nor under way."""
     jobs = run_jobs(config)
-    outcomes = [Outcome(job=job, job_id=None, state="complete already") for job in jobs if job.complete]
+    left = [job for job in jobs if not job.complete]
     folder = submit_folder(config) / "slurm"
     (folder / "jobs").mkdir(parents=True, exist_ok=True)
-    after = None
-    for batch in plan_slurm(config, jobs):
-        running = _under_way(submit_folder(config), batch.jobs)
-        if running is not None:
-            outcomes += [Outcome(job=job, job_id=running, state="under way already") for job in batch.jobs]
-            after = running
-            continue
+    under_way = _under_way(submit_folder(config), left)
+    fresh = [job for job in left if job.key not in under_way]
+    if any(job.kind == "train" for job in fresh):
+        # a report that waits already does not wait for these
+        fresh = [job for job in left if job.key not in under_way or job.kind == "report"]
+    outcomes = {job.key: Outcome(job=job, job_id=None, state="complete already") for job in jobs if job.complete}
+    outcomes |= {
+        job.key: Outcome(job=job, job_id=under_way[job.key], state="under way already")
+        for job in left
+        if job not in fresh
+    }
+    job_ids: dict[Kind, list[str]] = {"cache": [], "train": [], "report": []}
+    for job in left:
+        if job.key in under_way:
+            job_ids[job.kind].append(under_way[job.key])
+    for batch in plan_slurm(config, fresh):
+        kind = batch.jobs[0].kind
         path = folder / batch.file
         path.write_text(batch.script.text, encoding="utf-8")
+        after = job_ids["cache"] if kind == "train" else job_ids["train"] if kind == "report" else []
         answer = run_program(sbatch_command(path, after=after)).strip()
-        after = answer.partition(";")[0]
-        if not after.isdigit():
+        number = answer.partition(";")[0]
+        if not number.isdigit():
             raise GenrecalError(f"sbatch answered {answer!r} to {path}: expected the number of a job")
-        outcomes += [_submitted(config, batch, job, index, after) for index, job in enumerate(batch.jobs)]
-    return outcomes
+        job_ids[kind].append(number)
+        outcomes |= {job.key: _submitted(config, batch, job, index, number) for index, job in enumerate(batch.jobs)}
+    return [outcomes[job.key] for job in jobs]
 
 
-def _under_way(folder: Path, jobs: Sequence[Job]) -> str | None:
-    """Return the number of the Slurm job in which all these jobs are waiting or running."""
-    entries = [latest(folder, scheduler="slurm", key=job.key) for job in jobs]
-    if any(entry is None for entry in entries):
-        return None
-    known = [entry for entry in entries if entry is not None]
-    numbers = {entry.job_id.partition("_")[0] for entry in known}
-    states = slurm_states(known)
-    active = any(state in ACTIVE for job_id, state in states.items() if job_id.partition("_")[0] in numbers)
-    return numbers.pop() if len(numbers) == 1 and active else None
+def _under_way(folder: Path, jobs: Sequence[Job]) -> dict[str, str]:
+    """Return the Slurm job or array task in which a job waits or runs, by its key, for those that do."""
+    entries = {job.key: latest(folder, scheduler="slurm", key=job.key) for job in jobs}
+    known = {key: entry.job_id for key, entry in entries.items() if entry is not None}
+    states = slurm_states([entry for entry in entries.values() if entry is not None]) if known else {}
+    return {key: job_id for key, job_id in known.items() if states.get(job_id) in ACTIVE}
 
 
 def _submitted(config: RunConfig, batch: Batch, job: Job, index: int, number: str) -> Outcome:

@@ -174,6 +174,31 @@ def test_each_job_depends_on_the_one_before(config: RunConfig, programs: Path) -
     assert dependencies[1:] == ["afterok:1", "afterok:2"]
 
 
+QUEUES = [
+    # what the queue says -> what becomes of cache, internvl, qwen2-vl and report, and what the new ones wait for
+    ({"1": "RUNNING", "2_0": "PENDING", "2_1": "PENDING", "3": "PENDING"}, ["", "", "", ""], []),
+    ({"1": "COMPLETED", "2_0": "RUNNING", "2_1": "FAILED", "3": "CANCELLED"}, ["4", "", "5_0", "6"], ["4", "2_0:5"]),
+    ({"1": "RUNNING", "2_0": "RUNNING", "2_1": "FAILED", "3": "PENDING"}, ["", "", "4_0", "5"], ["1", "2_0:4"]),
+    ({"1": "RUNNING"}, ["", "4_0", "4_1", "5"], ["1", "4"]),
+]
+
+
+@pytest.mark.parametrize(("queue", "submitted", "waits_for"), QUEUES)
+def test_only_what_neither_waits_nor_runs_is_submitted_again(
+    queue: dict[str, str], submitted: list[str], waits_for: list[str], config: RunConfig, programs: Path
+) -> None:
+    program(programs, "sbatch", 'echo "$*" >>calls; wc --lines <calls')
+    program(programs, "sacct", "exit 1")
+    program(programs, "squeue", "exit 1")
+    first = submit_slurm(config)
+    program(programs, "squeue", "".join(f"echo '{job_id}|{state}'\n" for job_id, state in queue.items()))
+    second = submit_slurm(config)
+    assert [one.job_id for one in second] == [new or old.job_id for new, old in zip(submitted, first, strict=True)]
+    assert [one.state for one in second] == ["submitted" if new else "under way already" for new in submitted]
+    calls = Path("calls").read_text().splitlines()[3:]
+    assert [call.split("afterok:")[1].split()[0] for call in calls if "afterok" in call] == waits_for
+
+
 def test_waiting_for_nodes_ends_in_time() -> None:
     environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1"}
     command = [sys.executable, "-m", "launch.clusters.ray_nodes", "--nodes", "2", "--limit-s", "0"]

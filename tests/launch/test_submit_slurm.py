@@ -246,8 +246,8 @@ def test_values_of_named_variables_are_nowhere(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_job_waits_for_the_success_of_the_one_before() -> None:
-    assert sbatch_command(Path("/x y"), after=None) == ["sbatch", "--parsable", "/x y"]
-    assert "--dependency=afterok:17" in sbatch_command(Path("x"), after="17")
+    assert sbatch_command(Path("/x y"), after=[]) == ["sbatch", "--parsable", "/x y"]
+    assert "--dependency=afterok:17_1:18" in sbatch_command(Path("x"), after=["17_1", "18"])
 
 
 DECISIONS = [
