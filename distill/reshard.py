@@ -25,6 +25,7 @@ from distill.checkpoint import (
     discard_tag,
     intact_checkpoint,
 )
+from distill.folder_lock import locked_folder
 from distill.processes import Processes
 from distill.stages import StageModel
 from distill.zero_files import (
@@ -53,10 +54,16 @@ def reshard(stage_directory: Path) -> Path:
     Raises:
         ConfigError: There is no checkpoint, or one that needs no conversion.
         CheckpointError: All checkpoints are damaged, or a tensor changed on the way.
+        TrainingBusy: The student is being trained.
     """
     directory = stage_directory / "checkpoints"
     if not committed_tags(directory):
         raise ConfigError(f"no checkpoint in {directory}: expected RUN/training/STUDENT/STAGE of a stage under way")
+    with locked_folder(stage_directory.resolve().parent):
+        return _reshard_newest(directory)
+
+
+def _reshard_newest(directory: Path) -> Path:
     checkpoint = intact_checkpoint(directory)
     layout = checkpoint.record.layout
     if layout["backend"] != "zero3":

@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from distill.config import STAGES, Stage, StudentConfig, TrainConfig
 from distill.encoder import SampleReader, StudentEncoder
 from distill.engine import Engine
 from distill.export import export_adapters, export_recalibrator, export_student
+from distill.folder_lock import TrainingBusy, locked_folder
 from distill.live import TargetSource
 from distill.loop import run_steps
+from distill.processes import Processes
 from distill.signals import noted_signals
 from distill.stage_setup import DONE, Job, StageRun, build_model, own_stages, read_done, set_up_stage
 from distill.step import Loop
@@ -52,6 +55,7 @@ def train_student(
 
     Raises:
         SystemExit: 128 + n after signal n, once a checkpoint is written.
+        TrainingBusy: Another training is at work on this student, in the same folder.
     """
     chosen = choose_stages(stages, student=student, train=train)
     check_before_start(train, stages=chosen, dtype=student.dtype)
@@ -59,6 +63,7 @@ def train_student(
         launched_processes(backend=train.backend, num_processes=train.num_processes) as processes,
         noted_signals() as signals,
         Watchdog() as watchdog,
+        _alone(output_dir / "training" / student.name, processes),
     ):
         watchdog.expect(f"{student.name}: the start", within_s=train.slow_timeout_s)
         base = resolve_model(student.model, revision=student.revision)
@@ -96,6 +101,21 @@ def choose_stages(stages: Sequence[Stage] | None, *, student: StudentConfig, tra
             f"its stages are {', '.join(own) or 'none'}"
         )
     return chosen
+
+
+@contextmanager
+def _alone(folder: Path, processes: Processes) -> Iterator[None]:
+    """Hold the student's folder for the first process; where that is refused, all processes end together."""
+    with ExitStack() as held:
+        refusal = None
+        if processes.rank == 0:
+            try:
+                held.enter_context(locked_folder(folder))
+            except TrainingBusy as error:
+                refusal = error
+        if processes.sum([float(refusal is not None)])[0]:
+            raise refusal or TrainingBusy(f"{folder} is in use; the first process says by whom")
+        yield
 
 
 def _run_stage(job: Job, stage: Stage) -> bool:
