@@ -34,7 +34,9 @@ class EvaluationConfig(StrictConfig):
     scorer: Literal["exact", "digits"] = "exact"
     """`exact` (normalised equality with the reference), or `digits` (the facts of the digit-grid demo)."""
     score_teacher: bool = True
-    """Score the teacher too, and each student's agreement with it; this loads the teacher."""
+    """Score the teacher too, and each student's agreement with it; this loads the teacher in one process, on one GPU."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights while a model is scored."""
     max_samples: int | None = Field(default=None, gt=0)
     """Score only the first so many; all by default."""
     batch_size: int = Field(default=64, gt=0)

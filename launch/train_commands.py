@@ -223,6 +223,7 @@ def _evaluate(model: Evaluated, *, config: RunConfig, evaluation: EvaluationConf
     teacher = folder / "teacher.json"
     settings = EvaluationSettings(
         batch_size=evaluation.batch_size,
+        dtype=evaluation.dtype,
         max_new_tokens=evaluation.max_new_tokens,
         trust_remote_code=model.trust_remote_code,
     )

@@ -33,7 +33,9 @@ def check_gpus() -> Finding:
     text = f"{len(found)} x {names}, driver {found[0].driver}"
     if torch.endswith(CPU_BUILD):
         return problem(
-            "GPUs", f"{text}, but torch {torch} uses none", remedy="install again with the driver at hand: make install"
+            "GPUs",
+            f"{text}, but torch {torch} uses none",
+            remedy="remove .venv, then make install, with the driver at hand",
         )
     return ok("GPUs", text)
 
