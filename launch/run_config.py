@@ -21,7 +21,7 @@ from launch.plan_config import PlanConfig
 from launch.run_students import SHARED, RunStudent, expand_matrix
 from launch.secrets import secret_fields
 from teacher_cache.answers_config import AnswersConfig
-from teacher_cache.config import CacheConfig, StrictConfig
+from teacher_cache.config import CacheConfig, Dtype, StrictConfig
 from teacher_cache.durable_files import replace_file
 from teacher_cache.errors import ConfigError
 
@@ -34,8 +34,8 @@ class EvaluationConfig(StrictConfig):
     scorer: Literal["exact", "digits"] = "exact"
     """`exact` (normalised equality with the reference), or `digits` (the facts of the digit-grid demo)."""
     score_teacher: bool = True
-    """Score the teacher too, and each student's agreement with it; this loads the teacher in one process, on one GPU."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Score the teacher too, and each student's agreement with it; this loads the teacher on one GPU."""
+    dtype: Dtype = "float32"
     """Of the weights while a model is scored."""
     max_samples: int | None = Field(default=None, gt=0)
     """Score only the first so many; all by default."""
