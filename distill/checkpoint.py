@@ -93,7 +93,7 @@ def find_checkpoint(
         if checkpoint is not None:
             require_same_run(stored=checkpoint.record.identity, asked=identity, where=tag)
         # every process looks at its share of the files, and all must agree
-        damaged = checkpoint is None or bool(damaged_files(checkpoint, processes))
+        damaged = checkpoint is None or not checkpoint.files or bool(damaged_files(checkpoint, processes))
         if not processes.sum([float(damaged)])[0]:
             assert checkpoint is not None
             require_same_layout(stored=checkpoint.record.layout, asked=layout, where=tag)
@@ -118,7 +118,7 @@ def intact_checkpoint(directory: Path) -> Checkpoint:
     tags = committed_tags(directory)
     for tag in reversed(tags):
         checkpoint = read_checkpoint(tag)
-        if checkpoint is not None and not damaged_files(checkpoint, lone):
+        if checkpoint is not None and checkpoint.files and not damaged_files(checkpoint, lone):
             return checkpoint
         logger.warning("checkpoint %s is damaged: falling back to the one before it", tag)
     raise CheckpointError(f"{len(tags)} checkpoints in {directory}, none of them intact")

@@ -11,7 +11,7 @@ from distill.adapters import has_adapters, is_adapter, merge_adapters, write_ada
 from distill.config import LoraConfig
 from distill.engine import Engine
 from distill.processes import Processes
-from teacher_cache.durable_files import remove, sync_tree
+from teacher_cache.durable_files import remove, sync_file, sync_folder, sync_tree
 
 SHARD_BYTES = 4 * 2**30
 PROCESSOR_FILES = (
@@ -44,6 +44,7 @@ def export_student(engine: Engine, target: Path, *, source: Path, dtype: str, pr
         sync_tree(staging)
         remove(target)
         staging.rename(target)
+        sync_folder(target.parent)
     processes.barrier()
 
 
@@ -56,7 +57,9 @@ def export_recalibrator(engine: Engine, path: Path, *, processes: Processes) -> 
     if processes.rank == 0:
         temporary = path.with_suffix(".tmp")
         save_file(state, temporary, metadata={"format": "pt"})
+        sync_file(temporary)
         temporary.replace(path)
+        sync_folder(path.parent)
     processes.barrier()
 
 

@@ -27,7 +27,7 @@ from teacher_cache import open_cache
 from teacher_cache.chat import load_processor
 from teacher_cache.config import CacheConfig
 from teacher_cache.documents import encode_document
-from teacher_cache.durable_files import remove
+from teacher_cache.durable_files import remove, sync_folder, sync_names_above, sync_tree
 from teacher_cache.errors import ConfigError
 from teacher_cache.sample_file import scan_samples
 
@@ -82,7 +82,7 @@ def train_student(
             watchdog=watchdog,
         )
         trained = [_run_stage(job, stage) for stage in chosen]
-        if chosen[-1] == job.stages[-1] and (any(trained) or not _published(job).exists()):
+        if chosen[-1] == job.stages[-1] and (any(trained) or not _is_published(job)):
             _publish(job)
 
 
@@ -203,9 +203,17 @@ def _publish(job: Job) -> None:
         staging = target.with_name(f".{target.name}.partial")
         remove(staging)
         shutil.copytree(job.stage_dir(job.stages[-1]) / "export", staging)
+        sync_tree(staging)
         remove(target)
         staging.rename(target)
+        sync_folder(target.parent)
+        sync_names_above(target)
     job.processes.barrier()
+
+
+def _is_published(job: Job) -> bool:
+    """Whether the first process sees the student: what others see may lag behind, and all must agree."""
+    return bool(job.processes.sum([float(job.processes.rank == 0 and _published(job).exists())])[0])
 
 
 def _published(job: Job) -> Path:

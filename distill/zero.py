@@ -17,14 +17,14 @@ from distill.call_order import require_same_calls
 from distill.config import Backend, Stage, TrainConfig
 from distill.engine import Engine, PartitionReport, TorchEngine, set_learning_rate
 from distill.partitioned_loading import load_partitioned, whole_size
-from distill.preflight import check_machine
+from distill.preflight import warn_of_stale_locks
 from distill.processes import Processes, launch_environment, require_visible_gpu
 from distill.rendezvous import ARRIVAL_TIMEOUT_S, join_process_group
 from distill.reshard import is_resharded, load_resharded
 from distill.stages import StageModel
 from distill.student import load_student
 from distill.zero_config import deepspeed_config
-from teacher_cache.errors import ConfigError
+from teacher_cache.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +59,15 @@ def launched_processes(*, backend: Backend, num_processes: int) -> Iterator[Proc
 
 
 def check_before_start(train: TrainConfig, *, stages: Sequence[Stage], dtype: str) -> None:
-    """Check the settings of the stages, and this machine, before anything is loaded.
+    """Check the settings of the stages before anything is loaded.
 
     Raises:
-        ConfigError: DeepSpeed's configuration contradicts a stage, or needs what this machine does not have.
+        ConfigError: DeepSpeed's configuration contradicts a stage.
     """
     if train.backend == "zero3":
         for stage in stages:
-            config = deepspeed_config(stage, train=train, dtype=dtype, num_trained=1)
-        check_machine(config, environment=os.environ)
+            deepspeed_config(stage, train=train, dtype=dtype, num_trained=1)
+        warn_of_stale_locks(os.environ)
 
 
 def load_for_backend(
@@ -186,8 +186,15 @@ class ZeroEngine:
         """Read this process's shares."""
         if is_resharded(directory):
             load_resharded(self._engine, self.model, directory, processes=self._processes)
-        else:
+            return
+        try:
             self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        except ValueError as error:
+            # torch's, where the optimizer has other groups than those that were saved
+            raise CheckpointError(
+                f"{directory} cannot be loaded ({error}): if train.zero was changed (sub_group_size), take that back, "
+                f"or make it readable with `genrecal reshard {directory.parent.parent}`, then start again"
+            ) from error
 
     def gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[None]:
         """Gather one parameter."""

@@ -85,6 +85,11 @@ class _States:
 
     def copy(self, flat: Tensor, start: int, part: Tensor) -> None:
         """Copy as many elements of one flat tensor, from the given one on, as a part of a whole tensor has."""
+        if start + part.numel() > flat.numel():
+            raise CheckpointError(
+                f"{self.path} holds {flat.numel()} elements of a group of parameters, expected at least "
+                f"{start + part.numel()}: it was written with settings that leave parts of the optimizer elsewhere"
+            )
         if not flat.is_meta:
             part.copy_(flat.detach()[start : start + part.numel()])
             return

@@ -65,6 +65,8 @@ def stage_config(stage: Stage, *, train: TrainConfig, dtype: str) -> dict[str, A
             },
         },
         "bf16": {"enabled": dtype == "bfloat16"},
+        # else the model's: a sum of hundreds of micro-batches in bfloat16 stands still
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": 3},
         "checkpoint": {"tag_validation": "Fail"},
     }
@@ -82,7 +84,12 @@ def faults(user: Mapping[str, Any], *, stage: Stage, train: TrainConfig, dtype: 
 def _rules(stage: Stage, *, train: TrainConfig, dtype: str) -> Iterator[Rule]:
     config, own = train.stage(stage), stage_config(stage, train=train, dtype=dtype)
     stage_settings = f"follows from train.{stage}"
-    reasons = {"bf16.enabled": "follows from the student's dtype", "zero_optimization.stage": "the backend is zero3"}
+    masters = "masters, moments and sums of gradients are float32"
+    reasons = {
+        "bf16.enabled": "follows from the student's dtype",
+        "zero_optimization.stage": "the backend is zero3",
+        "data_types.grad_accum_dtype": masters,
+    }
     # one number for all steps, if there is one
     per_step, rest = divmod(config.global_batch_size, train.num_processes * config.micro_batch_size)
     is_fixed = rest == 0 and config.micro_batch_tokens is None
@@ -100,11 +107,10 @@ def _rules(stage: Stage, *, train: TrainConfig, dtype: str) -> Iterator[Rule]:
     yield Rule(key="scheduler.*", accepted=(), because=f"train.{stage} gives the learning rate")
     yield Rule(key="gradient_allreduce_op", accepted=("mean",), because="ZeRO-3 has no sum")
     yield Rule(key="fp16.enabled", accepted=(False,), because="loss scaling is not supported")
-    masters = "masters, moments and sums of gradients are float32"
     for key in ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"):
         yield Rule(key=key, accepted=(False,), because=masters)
-    for name in ("grad_accum_dtype", "buffer_dtype"):
-        yield Rule(key=f"data_types.{name}", accepted=(None, "fp32"), because=masters)
+    yield Rule(key="data_types.buffer_dtype", accepted=(None, "fp32"), because=masters)
+    yield Rule(key="communication_data_type", accepted=(None, "bf16", "fp32"), because="float16 overflows")
     yield Rule(key="data_types.param_dtype", accepted=(None,), because="the student's dtype gives it")
     for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         yield Rule(key=f"zero_optimization.{name}", accepted=(False,), because="it changes the numbers")
@@ -113,11 +119,22 @@ def _rules(stage: Stage, *, train: TrainConfig, dtype: str) -> Iterator[Rule]:
     yield Rule(key="zero_optimization.mics_shard_size", accepted=(-1,), because="it is another engine than ZeRO-3")
     yield Rule(key="zero_optimization.elastic_checkpoint", accepted=(False,), because="ZeRO-3 has none")
     yield Rule(key="zero_optimization.compute_grad_norm", accepted=(True,), because="the norm is logged")
+    for name in ("offload_optimizer", "offload_param"):
+        yield Rule(
+            key=f"zero_optimization.{name}.device",
+            accepted=("cpu", "none"),
+            because="DeepSpeed 0.19.8 resumes without what it had moved to NVMe",
+        )
+    resumed = "resharded checkpoints are read by every process"
+    yield Rule(key="zero_optimization.pipeline_loading_checkpoint", accepted=(False,), because=resumed)
     yield Rule(key="compile.deepcompile", accepted=(False,), because="steps have any number of micro-batches")
     yield Rule(key="tensor_parallel.autotp_size", accepted=(0, 1), because="students are not split by tensors")
     yield Rule(key="sequence_parallel_size", accepted=(1,), because="a sequence stays on one process")
+    checkpoints = "the trainer writes and reads checkpoints, and commits what is there when a save returns"
     for name in ("load_universal", "use_node_local_storage"):
-        yield Rule(key=f"checkpoint.{name}", accepted=(False,), because="the trainer writes and reads checkpoints")
+        yield Rule(key=f"checkpoint.{name}", accepted=(False,), because=checkpoints)
+    yield Rule(key="checkpoint.writer", accepted=(None,), because=checkpoints)
+    yield Rule(key="checkpoint.writer.*", accepted=(), because=checkpoints)
     yield Rule(
         key="activation_checkpointing.*",
         accepted=(False, None),

@@ -129,6 +129,9 @@ def _facts(engine: Engine) -> dict[str, Any]:
     return {
         "parameter_dtypes": {str(parameter.dtype) for parameter in model.parameters()},
         "master_dtypes": {str(master.dtype) for master in getattr(zero, "fp32_partitioned_groups_flat", [])},
+        "gradient_sum_dtypes": {
+            str(sums.dtype) for sums in [getattr(zero, "grad_partitions_flat_buffer", None)] if sums is not None
+        },
         "moment_dtypes": {
             str(value.dtype)
             for state in zero.state.values()

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from distill import zero_files
-from distill.checkpoint import committed_tags, intact_checkpoint
+from distill.checkpoint import Record, commit, committed_tags, intact_checkpoint
 from distill.config import StudentConfig, TrainConfig
 from distill.reshard import reshard, resharded_tensors
 from distill.trainer import train_student
@@ -249,6 +249,25 @@ def test_a_file_of_another_layout_than_torch_reckons_is_refused(tmp_path: Path) 
     ):
         reshard(tmp_path)
     assert list(folder.iterdir()) == [tmp_path / TAG]
+
+
+def test_a_file_that_lacks_a_part_of_the_optimizer_is_refused_rather_than_read_on(tmp_path: Path) -> None:
+    folder = small_stage(tmp_path) / "checkpoints"
+    whole = zero_files._flat_group
+    with (
+        mock.patch.object(zero_files, "_flat_group", lambda *args, **options: whole(*args, **options)[:5]),
+        pytest.raises(CheckpointError, match="holds 5 elements of a group of parameters, expected at least"),
+    ):
+        reshard(tmp_path)
+    assert list(folder.iterdir()) == [tmp_path / TAG]
+
+
+def test_a_record_of_no_files_is_no_checkpoint(tmp_path: Path) -> None:
+    tag = tmp_path / "checkpoints" / "step-00000001"
+    tag.mkdir(parents=True)
+    commit(tag, Record(step=1, identity={}, layout={"backend": "zero3", "world_size": 1}, origin={}, state={}))
+    with pytest.raises(CheckpointError, match="none of them intact"):
+        reshard(tmp_path)
 
 
 def test_it_needs_memory_for_the_largest_tensor_and_not_for_all(tmp_path: Path) -> None:

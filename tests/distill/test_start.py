@@ -8,14 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import StudentConfig, TrainConfig
-from distill.preflight import check_machine, stale_build_locks
-from distill.zero_config import deepspeed_config
-from teacher_cache.errors import ConfigError
+from distill.config import StudentConfig
+from distill.preflight import stale_build_locks, warn_of_stale_locks
 from tests.distill.small_cache import build_small_cache, write_data
 from tests.distill.test_zero import settings
-
-NVME = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nonexistent"}}}
 
 
 @pytest.mark.slow
@@ -67,23 +63,9 @@ def test_a_lock_that_nobody_holds_is_found(tmp_path: Path) -> None:
         assert stale_build_locks(tmp_path) == [stale]
 
 
-def test_a_stale_lock_and_what_nvme_needs_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("PATH", "")
-    plain = deepspeed_config("align", train=TrainConfig(), dtype="bfloat16", num_trained=1)
-    offloaded = deepspeed_config(
-        "align", train=TrainConfig.model_validate({"zero": {"overrides": NVME}}), dtype="bfloat16", num_trained=1
-    )
-    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    with pytest.raises(ConfigError) as refused:
-        check_machine(offloaded, environment=environment)
-    for named in ("c++ is not on PATH", "ninja is not on PATH", "expected a writable folder, found /nonexistent"):
-        assert named in str(refused.value)
+def test_a_stale_lock_is_named_and_nothing_waits_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lock = tmp_path / "async_io" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    with pytest.raises(ConfigError, match=rf"would wait for it for ever: {lock}; delete it"):
-        check_machine(offloaded, environment=environment)
-    check_machine(plain, environment=environment)  # nothing is compiled, so nothing waits
+    warn_of_stale_locks({"TORCH_EXTENSIONS_DIR": str(tmp_path)})
     assert f"a dead build left its lock: {lock}" in caplog.text

@@ -189,12 +189,12 @@ def test_the_teachers_head_is_one_tensor_outside_of_zero3(launched: tuple[Path, 
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "bfloat16-in-shares"])
-def test_bfloat16_has_float32_masters_moments_and_rotary_frequencies(
+def test_bfloat16_has_float32_masters_moments_gradient_sums_and_rotary_frequencies(
     launched: tuple[Path, dict[str, Any]], name: str
 ) -> None:
     run = engine_run(launched[0], name)
     assert run.facts["parameter_dtypes"] == {"torch.bfloat16"}
-    for kind in ("master_dtypes", "moment_dtypes", "rotary_dtypes"):
+    for kind in ("master_dtypes", "moment_dtypes", "gradient_sum_dtypes", "rotary_dtypes"):
         assert run.facts[kind] == {"torch.float32"}, kind
     assert run.losses == pytest.approx(engine_run(launched[0], "distill").losses, rel=0.02)
 
