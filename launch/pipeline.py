@@ -199,17 +199,24 @@ def _training_failed(student: RunStudent, code: int, *, log: Path) -> TrainingFa
 
 
 def _training_key(config: RunConfig, student: RunStudent) -> str:
-    """Return what a finished training depends on; the trainer itself checks each part by name."""
+    """Return what tells that nothing has changed since a training was finished.
+
+    Where it differs, the trainer looks closer: it compares each part by name, and the samples' contents.
+    """
+    from distill.identity import student_files_digest
     from distill.student import resolve_model
     from teacher_cache import open_cache
     from teacher_cache.manifest import fingerprint
     from teacher_cache.teacher_checkpoint import digest_files, weight_files
 
+    base, data = resolve_model(student.model, revision=student.revision), Path(config.cache.data.path).stat()
     return fingerprint(
         {
             "train": student.settings(config.train).model_dump(mode="json"),
             "student": student.alone().model_dump(mode="json"),
-            "weights": digest_files(weight_files(resolve_model(student.model, revision=student.revision))),
+            "weights": digest_files(weight_files(base)),
+            "files": student_files_digest(base),
+            "data": [config.cache.data.model_dump(mode="json"), data.st_size, data.st_mtime_ns],
             "cache": open_cache(config.cache.uri).fingerprint,
         }
     )

@@ -8,6 +8,7 @@ from typing import Any
 from distill.config import StudentConfig
 from distill.scoring import EvaluationResult, read_result
 from launch.run_config import RunConfig
+from launch.run_students import RunStudent
 from teacher_cache.config import TeacherConfig
 from teacher_cache.durable_files import replace_file
 
@@ -67,16 +68,25 @@ def collect_results(config: RunConfig) -> dict[str, Any]:
     return results
 
 
-def _student_results(student: StudentConfig, *, config: RunConfig) -> dict[str, Any]:
+def _student_results(student: RunStudent, *, config: RunConfig) -> dict[str, Any]:
     folder = Path(config.output_dir) / "evaluation"
-    baselines = {other.method: other.name for other in config.students if other.model == student.model}
-    names = {"": student.name, "untouched_": f"{student.name}-untouched"}
-    names |= {f"{method}_": name for method, name in baselines.items() if method != "genrecal"}
+    names = {"": student.name, "untouched_": f"{student.name}-untouched"} | _baselines(student, config=config)
     values: dict[str, Any] = {}
     for prefix, name in names.items():
         if (file := folder / f"{name}.json").exists():
             values |= _figures(read_result(file), prefix=prefix)
     return values
+
+
+def _baselines(student: RunStudent, *, config: RunConfig) -> dict[str, str]:
+    """Return the baselines of a student: of the same model and settings, or else the only one of the same model."""
+    names = {}
+    for method in ("sft", "kd", "uld"):
+        of_model = [other for other in config.students if (other.model, other.method) == (student.model, method)]
+        alike = [other for other in of_model if other.train == student.train] or of_model
+        if len(alike) == 1:
+            names[f"{method}_"] = alike[0].name
+    return names
 
 
 def _figures(result: EvaluationResult, *, prefix: str) -> dict[str, Any]:
