@@ -9,6 +9,9 @@ set -uo pipefail
 mkdir -p "$STATE_DIR"
 refused="$STATE_DIR/$SLURM_JOB_NAME-$SLURM_JOB_ID.refused"
 rm -f "$refused"
+this_job="$SLURM_JOB_ID"
+# the task of an array that starts last carries the number of the array, which means all its tasks
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then this_job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 job_port=$((20000 + SLURM_JOB_ID % 10000))
 stop=""
@@ -36,7 +39,7 @@ end_job() { # 0 is done; 2, 4 and an error of its own (1) stay failed; anything 
     if [ -s "$refused" ]; then code=$(cat "$refused"); fi
     case "$code" in 0 | 2 | 4) exit "$code" ;; esac
     if [ "$code" -eq 1 ] && [ -z "$stop" ]; then exit 1; fi
-    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+    state=$(squeue --noheader --jobs="$this_job" --format=%T)
     if [ "$state" != RUNNING ]; then
         exit 3 # cancelled, or Slurm itself queues it again
     fi
@@ -48,7 +51,7 @@ end_job() { # 0 is done; 2, 4 and an error of its own (1) stay failed; anything 
     clean_up # now: later it would meet the job that is queued again
     trap - EXIT
     trap 'exit 3' TERM # Slurm ends this script before it starts the next
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60 &
+    scontrol requeue "$this_job" && sleep 60 &
     wait "$!"
     exit 3
 }
@@ -85,7 +88,7 @@ srun --export=ALL --kill-on-bad-exit=1 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-
 ray_step=$!
 clean_up() {
     rm -f "$RAY_AUTH_TOKEN_PATH"
-    timeout 10 scancel --signal=KILL "$SLURM_JOB_ID.0" # the step that runs Ray
+    timeout 10 scancel --signal=KILL "$this_job.0" # the step that runs Ray
     wait "$ray_step"
     timeout 60 srun --export=ALL rm -rf "$ray_dir"
 }
@@ -116,7 +119,7 @@ TRAIN = """\
 stop_work() {
     # every task, not this script; with TERM Slurm has told them itself. Unlimited, scancel would try until it meets the
     # job that is queued again
-    if [ "$1" = USR1 ]; then timeout 10 scancel --signal=TERM "$SLURM_JOB_ID"; fi
+    if [ "$1" = USR1 ]; then timeout 10 scancel --signal=TERM "$this_job"; fi
 }
 
 export STUDENT="${STUDENTS[$SLURM_ARRAY_TASK_ID]}" RUN_FILE refused

@@ -24,7 +24,7 @@ from launch.clusters.slurm import (
     report_script,
     train_script,
 )
-from launch.clusters.slurm_scripts import PRELUDE
+from launch.clusters.slurm_scripts import PRELUDE, TRAIN
 from launch.clusters.slurm_submit import plan_slurm, sbatch_command
 from launch.run_config import RunConfig, load_run_config
 from teacher_cache.errors import ConfigError
@@ -293,6 +293,38 @@ def test_what_is_queued_again(
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == expected, done.stderr
     assert ("requeue 7" in (tmp_path / "calls").read_text()) is again
+
+
+def test_a_task_of_an_array_speaks_of_itself_alone(tmp_path: Path) -> None:
+    """The task that starts last has the number of the array as its own."""
+    for name, text in (
+        ("scontrol", f'echo "scontrol $*" >>{tmp_path}/calls; echo node1'),
+        ("scancel", f'echo "scancel $*" >>{tmp_path}/calls'),
+        ("squeue", "[[ $* == *--jobs=7_1* ]] || echo RUNNING; echo RUNNING"),
+        ("srun", "kill -USR1 $PPID; exit 143"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {
+        "STATE_DIR": str(tmp_path),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NAME": "job",
+        "SLURM_JOB_NODELIST": "node1",
+    }
+    script = f"RUN_FILE=x\nSTUDENTS=(a b)\nMAX_REQUEUES=2\n{PRELUDE}{TRAIN}"
+    done = subprocess.run(
+        ["bash", "-c", script.replace("sleep 60", "true")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3, done.stderr
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "scontrol show hostnames node1",
+        "scancel --signal=TERM 7_1",
+        "scontrol requeue 7_1",
+    ]
 
 
 @pytest.mark.parametrize("run_file", sorted(ROOT.glob("examples/*_from_qwen2-vl-72b.yaml")), ids=lambda path: path.stem)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from tests.launch.slurm_cluster import missing_programs, slurm_cluster
 from tests.launch.small_run import write_small_run
@@ -129,11 +130,14 @@ def stand_in(
 ) -> Callable[[str], subprocess.Popen[str]]:
     """Submits the script of the training with a stand-in for `genrecal`, and waits for its end."""
 
-    def submit(program: str) -> subprocess.Popen[str]:
+    def submit(program: str, *, students: int = 1) -> subprocess.Popen[str]:
         cluster = {"slurm": {"train": RESOURCES | {"nodes": 2}}}
         run_file = write_small_run(
             tmp_path, teacher=tiny_internvl, student=tiny_internvl, data=digit_samples, cluster=cluster
         )
+        values = yaml.safe_load(run_file.read_text())
+        values["students"] = [values["students"][0] | {"name": f"small{index}"} for index in range(students)]
+        run_file.write_text(yaml.safe_dump(values))
         folder = tmp_path / "bin"
         folder.mkdir()
         (folder / "genrecal").write_text(f"#!/bin/bash\ncd {tmp_path}\n{program}\n")
@@ -196,6 +200,34 @@ def test_a_job_that_is_told_of_its_end_saves_and_is_queued_again(
     assert (tmp_path / "saved0").exists()
     assert (tmp_path / "saved1").exists()
     assert starts(tmp_path) == 2
+
+
+@pytest.mark.slow
+def test_a_student_that_is_queued_again_leaves_the_others_alone(
+    stand_in: Callable[..., subprocess.Popen[str]], slurm: dict[str, str], tmp_path: Path
+) -> None:
+    job = stand_in(
+        "trap 'exit 143' TERM\n"
+        '[ "$SLURM_PROCID" = 0 ] && echo >>"starts$SLURM_ARRAY_TASK_ID"\n'
+        'touch "ready$SLURM_ARRAY_TASK_ID-$SLURM_PROCID"\n'
+        '[ -n "$SLURM_RESTART_COUNT" ] && exit 0\n'
+        "for _ in {1..1200}; do [ -e finish ] && exit 0; sleep 0.1; done",
+        students=2,
+    )
+    wait_for(lambda: len(list(tmp_path.glob("ready*"))) == 4, what="start", logs=tmp_path)
+    command = ["squeue", "--noheader", "--format=%A %F %K", "--states=RUNNING"]
+    rows = subprocess.run(command, env=slurm, capture_output=True, text=True, check=True).stdout.splitlines()
+    ((array, last),) = [(array, task) for number, array, task in map(str.split, rows) if number == array]
+    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{array}_{last}"], env=slurm, check=True)
+
+    def started(task: str) -> int:
+        return len((tmp_path / f"starts{task}").read_text().splitlines())
+
+    wait_for(lambda: started(last) == 2, what="second start", logs=tmp_path, limit_s=300)
+    (tmp_path / "finish").touch()
+    job.communicate(timeout=300)
+    assert job.returncode == 0
+    assert {task: started(task) for task in ("0", "1")} == {"0": 1, "1": 1} | {last: 2}
 
 
 @pytest.mark.slow
