@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from launch.arguments import ArgumentParser, cache_parser, run_parser
+from launch.clusters.marks import mark_cache
 from launch.console import count_of, format_tiers, names_in_line, print_facts, print_json
 from launch.logs import setup_logging
 from launch.provenance import cache_output, recorded
@@ -67,6 +68,7 @@ def build_command(argv: Sequence[str]) -> int:
     with recorded(lambda: [cache_output(config)], config=config) as recording:
         summary = build_cache(config.cache, log_dir=log_dir)
         recording.counts = summary.shards_built > 0
+    mark_cache(config)
     return _print_summary(summary, _build_facts, as_json=options.json)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from distill.config import StudentConfig
 from launch.clusters.config import NodeResources
-from launch.clusters.marks import cache_complete, report_complete, student_complete
+from launch.clusters.marks import cache_complete, cache_content, report_complete, student_complete
 from launch.run_config import RunConfig
 from teacher_cache.errors import ConfigError
 from teacher_cache.manifest import fingerprint
@@ -46,7 +46,7 @@ def run_jobs(config: RunConfig) -> list[Job]:
 
     A student counts as complete only beside a complete cache, and a report beside complete students.
     """
-    cache_spec = {"cache": _content(config), "answers": config.answers and config.answers.model_dump(mode="json")}
+    cache_spec = {"cache": cache_content(config), "answers": config.answers and config.answers.model_dump(mode="json")}
     cache = _job("cache", spec=cache_spec, complete=partial(cache_complete, config))
     students = [_student_job(config, student, cache=cache, spec=cache_spec) for student in config.students]
     jobs = [cache, *students]
@@ -71,10 +71,6 @@ def _student_job(config: RunConfig, student: StudentConfig, *, cache: Job, spec:
 def _job(kind: Kind, *, spec: dict[str, Any], complete: Callable[[], bool], student: str | None = None) -> Job:
     key = fingerprint({"kind": kind, **spec})[:KEY_DIGITS]
     return Job(kind=kind, student=student, key=key, complete=complete())
-
-
-def _content(config: RunConfig) -> dict[str, Any]:
-    return config.cache.model_dump(mode="json", exclude={"build"})
 
 
 def cache_nodes(config: RunConfig, resources: NodeResources) -> int:

@@ -10,30 +10,39 @@ from typing import Any
 
 from launch.run_config import RunConfig
 from teacher_cache.documents import decode_document
+from teacher_cache.durable_files import replace_file, sync_names_above
 from teacher_cache.errors import CacheError, GenrecalError
-from teacher_cache.manifest import read_manifest
+from teacher_cache.manifest import Manifest, fingerprint, read_manifest
 from teacher_cache.storage import open_store
 
 STAGE_DONE = "DONE.json"
 """The trainer's last file of a stage."""
 
 
+def cache_content(config: RunConfig) -> dict[str, Any]:
+    """Return all that a run file says of what its cache holds."""
+    return config.cache.model_dump(mode="json", exclude={"build"})
+
+
+def mark_cache(config: RunConfig) -> None:
+    """Leave for good that a build has found everything in the cache that the run file asks of it."""
+    mark = _cache_mark(config)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(mark, read_manifest(open_store(config.cache.uri)).fingerprint.encode())
+    sync_names_above(mark)
+
+
 def cache_complete(config: RunConfig) -> bool:
-    """Tell whether the cache is complete and was built for the teacher, data and targets that the run file names.
+    """Tell whether the cache is complete and was created for, or a build found it to hold, what the run file names.
 
     Contents are not compared here: a build does that, and the trainer where it joins the cache with the data.
     """
     try:
         manifest = read_manifest(open_store(config.cache.uri))
-        origin, identity = manifest.provenance, manifest.identity
-        named = {
-            "teacher": config.cache.teacher.model_dump(mode="json"),
-            "data": config.cache.data.model_dump(mode="json"),
-        }
-        targets = config.cache.targets.model_dump(mode="json", exclude={"codec"})
-        if any(origin.get(part) != value for part, value in named.items()):
+        if not _marked(config, manifest) and not _created_for(config, manifest):
             return False
-        if manifest.codec != config.cache.targets.codec or identity.get("targets") != targets:
+        targets = config.cache.targets.model_dump(mode="json", exclude={"codec"})
+        if manifest.codec != config.cache.targets.codec or manifest.identity.get("targets") != targets:
             return False
         from teacher_cache.inspect import cache_status
 
@@ -70,6 +79,23 @@ def report_complete(config: RunConfig) -> bool:
     if not report.is_file() or not (output_dir / "results.json").is_file():
         return False
     return all(path.is_file() and path.stat().st_mtime <= report.stat().st_mtime for path in students)
+
+
+def _cache_mark(config: RunConfig) -> Path:
+    return Path(config.output_dir) / "submit" / "marks" / f"cache-{fingerprint(cache_content(config))}"
+
+
+def _marked(config: RunConfig, manifest: Manifest) -> bool:
+    try:
+        return _cache_mark(config).read_bytes() == manifest.fingerprint.encode()
+    except OSError:
+        return False
+
+
+def _created_for(config: RunConfig, manifest: Manifest) -> bool:
+    """Tell whether the cache was created with this teacher and data; that record does not follow extensions."""
+    content = cache_content(config)
+    return all(manifest.provenance.get(part) == content[part] for part in ("teacher", "data"))
 
 
 def _agrees(stored: dict[str, Any], asked: dict[str, Any]) -> bool:

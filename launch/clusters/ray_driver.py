@@ -8,7 +8,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from teacher_cache.errors import GenrecalError
 
 logger = logging.getLogger(__name__)
 
-ENDED = ("FAILED", "STOPPED")
+FAILED = ("FAILED", "STOPPED")
+MARKS_LATE_S = 120.0
+"""Seconds that a shared file system may take to show a node what a job on another has left."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,13 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = load_run_config(options.run_file)
+    # Ray's ids come in the order of the labels
+    before = Predecessors(dict(zip(options.after_id, options.after, strict=False)))
     try:
         if options.after:
             wait_for_jobs(
                 options.run_file,
                 options.after,
                 limit_s=options.wait_s,
-                failed=lambda: _ended(options.after_id),
+                ended=before.ended,
                 interval_s=5.0,
             )
         for step in _steps(options.kind, config, options):
@@ -56,6 +61,44 @@ def attempt(step: Callable[[], int], *, attempts: int) -> int:
             return code
         logger.info("attempt %d of %d ended with exit code %d", number, attempts, code)
     return code
+
+
+class Predecessors:
+    """What Ray says of the jobs before this one."""
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        """Take the label of each job by Ray's id."""
+        self._labels = labels
+        self._succeeded: dict[str, float] = {}
+        self._silent = False
+
+    def ended(self) -> dict[str, str]:
+        """Return why jobs that have ended will leave no marks any more, by label; nothing while Ray does not answer."""
+        if not self._labels:
+            return {}
+        from ray.exceptions import RayError
+        from ray.job_submission import JobSubmissionClient
+
+        try:
+            jobs = JobSubmissionClient(os.environ.get("RAY_ADDRESS")).list_jobs()
+        except (OSError, RuntimeError, RayError) as error:
+            if not self._silent:
+                logger.warning("Ray does not say how the jobs before this one stand, and is asked again: %s", error)
+            self._silent = True
+            return {}
+        self._silent = False
+        by_id = {job.submission_id: job for job in jobs}
+        own = {job_id: by_id[job_id] for job_id in self._labels if job_id in by_id}
+        now = time.monotonic()
+        self._succeeded = {
+            job_id: self._succeeded.get(job_id, now) for job_id, job in own.items() if job.status.value == "SUCCEEDED"
+        }
+        late = {job_id for job_id, since in self._succeeded.items() if now - since >= MARKS_LATE_S}
+        return {
+            self._labels[job_id]: f"{job_id} is {job.status.value}: {job.message}"
+            for job_id, job in own.items()
+            if job.status.value in FAILED or job_id in late
+        }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,19 +155,6 @@ def _report(config: RunConfig, run_file: str) -> int:
         gpus_per_node=resources.gpus_per_node,
         log_dir=Path(config.output_dir) / "logs",
     )
-
-
-def _ended(job_ids: Sequence[str]) -> str | None:
-    """Return which of these jobs of the cluster has ended without success."""
-    from ray.job_submission import JobSubmissionClient
-
-    if not job_ids:
-        return None
-    client = JobSubmissionClient(os.environ.get("RAY_ADDRESS"))
-    for job in client.list_jobs():
-        if job.submission_id in job_ids and job.status.value in ENDED:
-            return f"{job.submission_id} is {job.status.value}: {job.message}"
-    return None
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from launch.clusters.jobs import run_jobs
 from launch.run_config import load_run_config
@@ -24,7 +24,7 @@ def wait_for_jobs(
     labels: Sequence[str],
     *,
     limit_s: float,
-    failed: Callable[[], str | None] = lambda: None,
+    ended: Callable[[], Mapping[str, str]] = dict,
     interval_s: float = INTERVAL_S,
 ) -> None:
     """Return once the jobs with these labels (`cache`, `train NAME`) are complete.
@@ -33,21 +33,22 @@ def wait_for_jobs(
         run_file: The run that they belong to.
         labels: Which jobs.
         limit_s: Seconds to wait at most.
-        failed: Says why there is nothing to wait for any more, if so.
+        ended: Says by label of jobs that have ended why they will leave no marks any more.
         interval_s: Seconds between two looks.
 
     Raises:
-        JobsMissing: They failed, or the time is up.
+        JobsMissing: They ended without their marks, or the time is up.
     """
     config = load_run_config(run_file)
     end = time.monotonic() + limit_s
     while True:
-        reason = failed()  # asked first: a job may end between the two looks
+        reasons = ended()  # asked first: a job may end between the two looks
         missing = [job.label for job in run_jobs(config) if job.label in labels and not job.complete]
         if not missing:
             return
-        if reason is not None:
-            raise JobsMissing(f"{', '.join(missing)} of {run_file} will not become complete: {reason}; submit again")
+        for label in missing:
+            if label in reasons:
+                raise JobsMissing(f"{label} of {run_file} will not become complete: {reasons[label]}; submit again")
         if time.monotonic() >= end:
             raise JobsMissing(f"{', '.join(missing)} of {run_file} not complete after {limit_s:.0f} s; submit again")
         time.sleep(interval_s)

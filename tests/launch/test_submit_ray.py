@@ -1,14 +1,18 @@
 """What is sent to a Ray cluster: golden file, hostile values, and the refusal of a cluster that asks for no token."""
 
 import http.server
+import logging
 import os
 import shlex
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import requests
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,6 +183,74 @@ def test_what_is_tried_again(codes: list[int], expected: int, calls: int) -> Non
 )
 def test_the_code_that_says_most_wins(codes: list[int], expected: int) -> None:
     assert decisive(codes) == expected
+
+
+class Cluster:
+    """Stands for Ray's client; gives one answer per call, the last one for ever."""
+
+    def __init__(self, *answers: dict[str, str] | Exception) -> None:
+        self.answers = list(answers)
+
+    def __call__(self, address: str | None) -> "Cluster":
+        return self
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return [
+            SimpleNamespace(submission_id=name, status=SimpleNamespace(value=status), message="why")
+            for name, status in answer.items()
+        ]
+
+
+LABELS = {"id-cache": "cache", "id-a": "train a"}
+
+
+def test_a_dashboard_that_fails_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults = [
+        ConnectionError("gone"),
+        RuntimeError("Request failed with status code 500"),
+        requests.exceptions.ReadTimeout("slow"),
+    ]
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Cluster(*faults, {"id-cache": "FAILED"}))
+    before = ray_driver.Predecessors(LABELS)
+    with caplog.at_level(logging.WARNING):
+        assert [before.ended() for _ in faults] == [{}] * len(faults)
+    assert len(caplog.records) == 1
+    assert before.ended() == {"cache": "id-cache is FAILED: why"}
+
+
+def test_a_job_that_succeeded_without_marks_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"id-cache": "SUCCEEDED", "id-a": "RUNNING", "other": "FAILED"}
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Cluster(states))
+    before = ray_driver.Predecessors(LABELS)
+    assert before.ended() == {}, "its marks may not be visible on this node yet"
+    monkeypatch.setattr(ray_driver, "MARKS_LATE_S", 0.0)
+    assert before.ended() == {"cache": "id-cache is SUCCEEDED: why"}
+
+
+def test_a_job_that_is_run_again_after_it_succeeded_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [{"id-cache": status} for status in ("SUCCEEDED", "RUNNING", "SUCCEEDED")]
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Cluster(*answers))
+    clock = iter((0.0, 1.0, ray_driver.MARKS_LATE_S, 3 * ray_driver.MARKS_LATE_S))
+    monkeypatch.setattr(ray_driver.time, "monotonic", lambda: next(clock))
+    before = ray_driver.Predecessors(LABELS)
+    assert [list(before.ended()) for _ in range(4)] == [[], [], [], ["cache"]]
+
+
+def test_waiting_ends_where_the_marks_of_a_success_are_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_driver, "MARKS_LATE_S", 0.0)
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Cluster({"id-cache": "SUCCEEDED"}))
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(yaml.safe_dump(VALUES))
+    waiting = ["--after", "cache", "--after-id", "id-cache", "--wait-s", "600"]
+    assert ray_driver.main(["train", "run.yaml", "--student", "internvl", *waiting]) == 3
+    assert "cache of run.yaml will not become complete: id-cache is SUCCEEDED" in capsys.readouterr().err
 
 
 def place(**changes: int) -> NodePlace:
