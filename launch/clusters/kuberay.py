@@ -78,8 +78,8 @@ def _cache_job(config: RunConfig, job: Job, jobs: Sequence[Job]) -> Manifest:
         "template": {"spec": _pod(kube, kube.cache, jobs, container="ray-worker")},
     }
     spec = {
-        # every word is quoted: the operator hands this line to a shell
-        "entrypoint": f"cd {shlex.quote(kube.mount_path)} && exec {shlex.join(arguments)}",
+        # one command of quoted words: the operator puts it behind `ray job submit --` in a shell line of its own
+        "entrypoint": shlex.join(arguments),
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": kube.keep_s,
         "activeDeadlineSeconds": kube.time_limit_s,

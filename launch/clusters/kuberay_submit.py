@@ -11,6 +11,8 @@ from launch.clusters.submission import Outcome, frozen_run_file, now, submit_fol
 from launch.run_config import RunConfig
 from teacher_cache.errors import ConfigError
 
+ENDED = ("COMPLETE", "FAILED", "STOPPED", "SUCCEEDED")
+"""States that a job does not leave by itself; one that Kueue keeps waiting is SUSPENDED."""
 UNSET_IMAGE = "IMAGE"
 """Stands in a plan for the image that the run file does not name yet."""
 
@@ -28,11 +30,11 @@ def describe_kuberay(config: RunConfig) -> str:
 
 
 def submit_kuberay(config: RunConfig) -> list[Outcome]:
-    """Apply what is neither complete nor under way; what failed before is deleted first."""
+    """Apply what is neither complete nor under way; what has ended without its marks is deleted first."""
     jobs = run_jobs(config)
     kube = config.cluster.kuberay
     states = kube_states([_submission(config, job) for job in jobs if not job.complete])
-    _delete_failed(config, jobs, states)
+    _delete_ended(config, jobs, states)
     outcomes = [Outcome(job=job, job_id=None, state="complete already") for job in jobs if job.complete]
     left = [job for job in jobs if not job.complete]
     if not left:
@@ -42,7 +44,7 @@ def submit_kuberay(config: RunConfig) -> list[Outcome]:
             "cluster.kuberay.claim is not set, but output_dir and cache are paths: the pods would write into "
             "themselves; name a ReadWriteMany claim"
         )
-    under_way = [name for name, state in states.items() if state != "FAILED"]
+    under_way = [name for name, state in states.items() if state not in ENDED]
     objects = manifests(config, jobs, under_way=under_way)
     if objects:
         run_program(["kubectl", "apply", "--filename=-"], text=as_yaml(objects))
@@ -54,9 +56,9 @@ def submit_kuberay(config: RunConfig) -> list[Outcome]:
     return outcomes
 
 
-def _delete_failed(config: RunConfig, jobs: Sequence[Job], states: dict[str, str]) -> None:
+def _delete_ended(config: RunConfig, jobs: Sequence[Job], states: dict[str, str]) -> None:
     for job in jobs:
-        if states.get(job.name) == "FAILED":
+        if states.get(job.name) in ENDED:
             kind = "rayjobs.ray.io" if job.kind == "cache" else "jobs.batch"
             namespace = f"--namespace={config.cluster.kuberay.namespace}"
             run_program(["kubectl", "delete", kind, job.name, namespace, "--wait=true"])

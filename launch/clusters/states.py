@@ -61,7 +61,10 @@ def kube_states(entries: Sequence[Submission]) -> dict[str, str]:
 def kube_state(status: dict[str, object]) -> str:
     """Return one word about a RayJob's or a Job's status."""
     if deployment := status.get("jobDeploymentStatus"):
-        return str(status.get("jobStatus") or deployment).upper()
+        # before its end the operator may still start a job again whose jobStatus says that it failed
+        if deployment == "Complete" and (ended := status.get("jobStatus")):
+            return str(ended)
+        return "FAILED" if deployment == "ValidationFailed" else str(deployment).upper()
     conditions = status.get("conditions")
     for condition in conditions if isinstance(conditions, list) else []:
         if condition.get("status") == "True" and condition.get("type") in ("Complete", "Failed", "Suspended"):

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -183,12 +184,46 @@ def check_round_trip(value: str) -> None:
     (config_map,) = only(objects, "ConfigMap")
     assert yaml.safe_load(config_map["data"]["run.yaml"])["output_dir"] == f"/out/{value}"
     (cache,) = only(objects, "RayJob")
-    words = shlex.split(cache["spec"]["entrypoint"])
-    assert words[:4] == ["cd", f"/m{value}", "&&", "exec"]
-    assert words[4:8] == ["python", "-m", "launch.clusters.ray_driver", "cache"]
+    assert shlex.split(cache["spec"]["entrypoint"])[:4] == ["python", "-m", "launch.clusters.ray_driver", "cache"]
+    assert {pod["containers"][0]["workingDir"] for pod in pods(objects)} == {f"/m{value}"}
     command = only(objects, "Job")[0]["spec"]["template"]["spec"]["containers"][0]["command"]
     log_dir = command[command.index("--log-dir") + 1]
     assert expanded(log_dir) == f"/out/{value}/logs/train-internvl-ranks"
+
+
+OPERATOR = (
+    "if ! ray job status --address http://head:8265 cache-1 >/dev/null 2>&1 ; then ray job submit --address "
+    "http://head:8265 --no-wait --submission-id cache-1 -- {entrypoint} ; fi ; ray job logs --follow cache-1"
+)
+"""What KubeRay gives to `bash -ce --` in the submitter's pod: the entrypoint stands in it as it is."""
+
+
+def test_the_driver_runs_as_the_job_of_the_cluster(tmp_path: Path) -> None:
+    """The stand-in for `ray` joins the words after `--` as `ray job submit` does; a shell on the head runs them."""
+    programs = {
+        "ray": f"import shlex, subprocess, sys\nwords = sys.argv[1:]\nif words[1] == 'status': sys.exit(1)\n"
+        "if words[1] == 'logs': sys.exit()\nline = shlex.join(words[words.index('--') + 1:])\n"
+        f"subprocess.run(line, shell=True, check=True, env={{'PATH': {str(tmp_path / 'head')!r}}})",
+        "head/python": f"import json, sys\nopen({str(tmp_path / 'argv')!r}, 'a').write(json.dumps(sys.argv[1:]))",
+        "python": "raise SystemExit('the driver runs in the pod of the submitter')",
+    }
+    (tmp_path / "head").mkdir()
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!{sys.executable}\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (cache,) = only(rendered(run_config()), "RayJob")
+    line = OPERATOR.format(entrypoint=cache["spec"]["entrypoint"])
+    done = subprocess.run(
+        ["bash", "-ce", "--", line],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    driver = ["-m", "launch.clusters.ray_driver", "cache", "/etc/genrecal/run.yaml", "--attempts", "5"]
+    assert json.loads((tmp_path / "argv").read_text()) == driver
 
 
 def expanded(text: str) -> str:
@@ -269,6 +304,34 @@ def test_what_runs_is_left_alone_and_what_failed_is_made_anew(kubectl: Path) -> 
     ]
 
 
+@pytest.mark.parametrize(
+    ("cache_status", "first_status"),
+    [
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "RUNNING"}, "Complete"),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, "Complete"),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "Failed"),
+    ],
+)
+def test_what_has_ended_without_its_marks_is_made_anew(
+    kubectl: Path, cache_status: dict[str, str], first_status: str
+) -> None:
+    config = run_config()
+    cache, first, second, _ = run_jobs(config)
+    (kubectl / cache.name).write_text(json.dumps({"status": cache_status}))
+    condition = {"type": first_status, "status": "True"}
+    (kubectl / first.name).write_text(json.dumps({"status": {"conditions": [condition]}}))
+    waits_in_kueue = {"type": "Suspended", "status": "True"}
+    (kubectl / second.name).write_text(json.dumps({"status": {"conditions": [waits_in_kueue]}}))
+    assert [outcome.state for outcome in submit_kuberay(config)] == [
+        "submitted",
+        "submitted",
+        "under way already",
+        "submitted",
+    ]
+    deleted = [line.split()[1:3] for line in (kubectl / "calls").read_text().splitlines() if line.startswith("delete")]
+    assert deleted == [["rayjobs.ray.io", cache.name], ["jobs.batch", first.name]]
+
+
 def test_pods_without_a_shared_folder_are_refused(kubectl: Path) -> None:
     with pytest.raises(ConfigError, match="ReadWriteMany"):
         submit_kuberay(run_config(claim=None))
@@ -284,6 +347,13 @@ def test_pods_without_a_shared_folder_are_refused(kubectl: Path) -> None:
         ({"conditions": [{"type": "Failed", "status": "False"}], "active": 1}, "RUNNING"),
         ({"jobDeploymentStatus": "Initializing"}, "INITIALIZING"),
         ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}, "FAILED"),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "RUNNING"}, "FAILED"),
+        ({"jobDeploymentStatus": "Failed"}, "FAILED"),
+        ({"jobDeploymentStatus": "ValidationFailed"}, "FAILED"),
+        ({"jobDeploymentStatus": "Retrying", "jobStatus": "FAILED"}, "RETRYING"),
+        ({"jobDeploymentStatus": "Suspended", "jobStatus": ""}, "SUSPENDED"),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, "SUCCEEDED"),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "STOPPED"),
     ],
 )
 def test_states_of_kubernetes(status: dict[str, object], word: str) -> None:
@@ -296,7 +366,9 @@ def test_waiting_ends_with_a_reason(tmp_path: Path) -> None:
     with pytest.raises(JobsMissing, match=r"cache of .* not complete after 0 s"):
         wait_for_jobs(str(path), ["cache"], limit_s=0)
     with pytest.raises(JobsMissing, match=r"cache of .* will not become complete: it failed"):
-        wait_for_jobs(str(path), ["cache"], limit_s=60, failed=lambda: "it failed")
+        wait_for_jobs(str(path), ["cache"], limit_s=60, ended=lambda: {"cache": "it failed"})
+    with pytest.raises(JobsMissing, match="not complete after 0 s"):
+        wait_for_jobs(str(path), ["cache"], limit_s=0, ended=lambda: {"train internvl": "it failed"})
 
 
 def test_no_field_holds_a_secret() -> None:
