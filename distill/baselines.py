@@ -11,12 +11,12 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from distill.chunked_losses import linear_ce, linear_divergence
 from distill.config import BaselineOptions
 from distill.divergences import Divergence
+from distill.head_logits import head_logits
 from distill.linear_head import LinearHead
 from distill.logit_targets import LogitTargets
 from distill.sorted_distance import sorted_distance, topk_distance
@@ -118,10 +118,7 @@ def _in_chunks(chunk_loss: Callable[..., Tensor], *tensors: Tensor) -> Float[Ten
 
 
 def _probabilities(rows: Float[Tensor, "rows hidden"], head: LinearHead) -> Float[Tensor, "rows vocab"]:
-    logits = head.logit_scale * functional.linear(rows.to(head.weight.dtype), head.weight, head.bias).float()
-    if head.logit_softcap is not None:
-        logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
-    return logits.softmax(-1)
+    return head_logits(rows, head).softmax(-1)
 
 
 def _token_logprobs(

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class StandIns:
     """Student token whose row stands in: the last that ends no later in the text, so that it has seen nothing of what
     is to be predicted; the boundary row where no answer token does."""
     exact: Bool[Tensor, " answer_rows"]
-    """Both tokens end at the same byte, so that both rows have read the same text."""
+    """Both tokens end at the same byte and complete its character, so that both rows have read the same text."""
 
 
 def choose_stand_ins(encoded: EncodedConversation, targets: TeacherTargets, *, fraction: float) -> StandIns:
@@ -38,13 +39,15 @@ def choose_stand_ins(encoded: EncodedConversation, targets: TeacherTargets, *, f
     own_turns = _split(encoded.answer_byte_ends, encoded.spans)
     teacher_turns = _split(targets.answer_byte_ends.numpy(), targets.spans)
     for span, own_ends, teacher_ends in zip(encoded.spans, own_turns, teacher_turns, strict=True):
-        repeats = len(own_ends) + len(teacher_ends)
-        own, teacher = _order(own_ends, repeats=repeats), _order(teacher_ends, repeats=repeats)
-        before = np.searchsorted(own, teacher, side="right")
-        kept = len(teacher) - math.ceil(fraction * len(teacher))
-        replaced.append(np.arange(len(teacher)) >= kept)
+        own, teacher = _ends(own_ends), _ends(teacher_ends)
+        # amid a character a token has read a part of it, nobody knows which: more than what ends before it
+        read = own.keys - np.where(own.whole, 0, 1)
+        limit = teacher.keys - np.where(teacher.whole, 0, 2)
+        before = np.searchsorted(read, limit, side="right")
+        kept = len(teacher_ends) - math.ceil(fraction * len(teacher_ends))
+        replaced.append(np.arange(len(teacher_ends)) >= kept)
         positions.append(span.start - 1 + before)
-        exact.append((before > 0) & (own[before - 1] == teacher))
+        exact.append(teacher.whole & (before > 0) & (read[before - 1] == limit))
     return StandIns(
         replaced=torch.from_numpy(np.concatenate(replaced)),
         positions=torch.from_numpy(np.concatenate(positions)),
@@ -83,9 +86,16 @@ def _split(ends: Int[np.ndarray, " tokens"], spans: Sequence[Span]) -> list[Int[
     return np.split(ends, np.cumsum([stop - start for start, stop in spans])[:-1])
 
 
-def _order(ends: Int[np.ndarray, " tokens"], *, repeats: int) -> Int[np.ndarray, " tokens"]:
-    """Return keys that order the tokens of both sides: by byte, then as they come; the last closes the turn."""
-    ends = ends.astype(np.int64)
-    # the end of the turn comes after the text, also after a character that took several tokens
-    ends[-1] += 1
-    return ends * repeats + np.arange(len(ends)) - np.searchsorted(ends, ends)
+class _Ends(NamedTuple):
+    keys: Int[np.ndarray, " tokens"]
+    """In the order of the text, equal for tokens of both sides that end at the same byte."""
+    whole: Bool[np.ndarray, " tokens"]
+    """Whether a token completes the character that it ends in, the last of several that spell it."""
+
+
+def _ends(ends: Int[np.ndarray, " tokens"]) -> _Ends:
+    keys = 2 * ends.astype(np.int64)
+    if len(keys) > 1 and keys[-1] == keys[-2]:
+        # the end of the turn has no text, and comes after it
+        keys[-1] += 1
+    return _Ends(keys, np.append(keys[1:] != keys[:-1], True))

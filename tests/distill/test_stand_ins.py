@@ -58,12 +58,28 @@ def test_the_last_token_that_ends_no_later_stands_in() -> None:
     assert chosen.replaced.all()
 
 
-def test_no_stand_in_has_seen_the_end_of_the_turn_before_it() -> None:
-    # the teacher spells the last character with two tokens, the student with one: its end of the turn must wait
-    chosen = choose([[3, 3]], [[3, 3, 3]])
-    assert chosen.positions.tolist() == [3, 3, 4]
-    assert chosen.exact.tolist() == [True, False, True]
-    assert choose([[3, 3, 3]], [[3, 3]]).positions.tolist() == [3, 5]
+CHARACTERS = [
+    # byte ends of student and teacher, the end of a turn last and without text -> which tokens stand in, exact
+    # the teacher spells the last character with two tokens, the student with one: it must not be read before
+    ([3, 3], [3, 3, 3], [2, 3, 4], [False, True, True]),
+    # the student spells it with two: only the second has read it
+    ([3, 3, 3], [3, 3], [4, 5], [True, True]),
+    # both spell it with several, nobody knows at which of its bytes they meet
+    ([2, 5, 5, 7, 7], [2, 5, 5, 5, 7, 7], [3, 3, 3, 5, 6, 7], [True, False, False, True, True, True]),
+    # amid a text: the token before the character stands in for the teacher's first part of it
+    ([1, 4, 6, 6], [1, 4, 4, 6, 6], [3, 3, 4, 5, 6], [True, False, True, True, True]),
+    # one side closes its turns, the other does not
+    ([2, 4], [2, 4, 4], [3, 4, 4], [True, True, False]),
+]
+
+
+@pytest.mark.parametrize(("student", "teacher", "positions", "exact"), CHARACTERS)
+def test_no_stand_in_has_read_more_than_the_row_that_it_replaces(
+    student: list[int], teacher: list[int], positions: list[int], exact: list[bool]
+) -> None:
+    chosen = choose([student], [teacher])
+    assert chosen.positions.tolist() == positions
+    assert chosen.exact.tolist() == exact
 
 
 def test_a_fraction_takes_the_end_of_every_answer() -> None:
