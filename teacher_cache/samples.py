@@ -29,6 +29,8 @@ from teacher_cache.schema import Message, Sample, SkippedSample
 COLUMNS = ("id", "messages", "images", "tools")
 """What is read of a row; further columns are ignored."""
 _ROWS_AT_ONCE = 64
+_UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError)
+"""What Pillow raises for bytes that it cannot use; its AVIF decoder raises RuntimeError."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +190,7 @@ def decode_image(data: bytes, *, sample_id: str) -> PIL.Image.Image:
     with _open_image(data, sample_id=sample_id) as image:
         try:
             return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except _UNREADABLE as error:
             raise SampleError(
                 f"an image of {len(data)} bytes cannot be decoded ({type(error).__name__})",
                 sample_id=sample_id,
@@ -204,7 +206,7 @@ def _open_image(data: bytes, *, sample_id: str) -> PIL.Image.Image:
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         message = f"an image exceeds {PIL.Image.MAX_IMAGE_PIXELS} pixels"
         raise SampleError(message, sample_id=sample_id, reason="corrupt-image") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         message = f"an image of {len(data)} bytes is none that Pillow knows"
         raise SampleError(message, sample_id=sample_id, reason="corrupt-image") from error
 

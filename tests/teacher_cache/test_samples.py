@@ -96,6 +96,35 @@ def test_unusable_images_are_named(tmp_path: Path, images: list[Any], reason: st
         read_samples(DataConfig(path=str(path)))
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Missing or empty image item"), NotImplementedError("a codec")])
+def test_an_image_that_pillow_fails_at_is_skipped_and_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    opened, bad = PIL.Image.open, png(shade=1)
+
+    def open_or_fail(file: io.BytesIO) -> PIL.Image.Image:
+        if file.getvalue() == bad:
+            raise error
+        return opened(file)
+
+    monkeypatch.setattr(PIL.Image, "open", open_or_fail)
+    path = write_parquet(tmp_path / "a.parquet", [row("good"), row("bad", images=[bad])])
+    read = read_samples(DataConfig(path=str(path), max_skipped_samples=1))
+    assert [sample.sample_id for sample in read.samples] == ["good"]
+    assert [(bad.sample_id, bad.reason) for bad in read.skipped] == [("bad", "corrupt-image")]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("decoder error"), NotImplementedError("a codec")])
+def test_an_image_that_pillow_fails_to_decode_is_named(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(PIL.Image.Image, "convert", fail)
+    with pytest.raises(SampleError, match=f"{type(error).__name__}") as caught:
+        decode_image(png(), sample_id="odd")
+    assert (caught.value.sample_id, caught.value.reason) == ("odd", "corrupt-image")
+
+
 def test_duplicate_ids_are_bad_rows(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [row("same"), row("same", answer="nine")])
     with pytest.raises(DataError, match="the id occurs twice"):
