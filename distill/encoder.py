@@ -76,8 +76,9 @@ class StudentEncoder:
             bad = SkippedSample(sample_id=sample.sample_id, reason=error.reason, message=str(error))
             self._encoded[sample.sample_id] = bad
             return bad
-        encoded = replace(encoded, images=())
-        size = sum(tensor.nbytes for tensor in encoded.model_inputs.values()) + encoded.token_ids.nbytes
+        encoded = replace(encoded, images=(), prompt_token_ids=())
+        size = encoded.token_ids.nbytes + encoded.answer_byte_ends.nbytes
+        size += sum(tensor.nbytes for tensor in encoded.model_inputs.values())
         if size <= self._memory_bytes:
             self._memory_bytes -= size
             self._encoded[sample.sample_id] = encoded

@@ -6,7 +6,7 @@ compare. The nats of the end-of-turn token count, so that a model pays for where
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,11 +30,18 @@ from distill.scoring import (
     write_result,
 )
 from distill.student import load_student, resolve_model
-from teacher_cache.chat import Processor, encode_conversation, load_processor, render_prompt, tokenizer_of
+from teacher_cache.chat import (
+    Processor,
+    encode_conversation,
+    end_of_turn,
+    load_processor,
+    render_prompt,
+    tokenizer_of,
+)
 from teacher_cache.config import DataConfig, Dtype
 from teacher_cache.progress import progress
 from teacher_cache.samples import decode_image, read_samples
-from teacher_cache.schema import EncodedConversation, Sample
+from teacher_cache.schema import THINKING_STOP, EncodedConversation, Sample
 
 Item = TypeVar("Item")
 
@@ -112,9 +119,9 @@ def load_chat_model(model: str | Path, *, settings: EvaluationSettings) -> ChatM
     """
     path = resolve_model(str(model), revision=settings.revision)
     processor = load_processor(str(path), trust_remote_code=settings.trust_remote_code)
-    tokenizer = padding_tokenizer(processor)
+    padding_tokenizer(processor)
     loaded = load_student(path, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
-    loaded.generation_config = greedy(loaded.generation_config, tokenizer=tokenizer)
+    loaded.generation_config = greedy(loaded.generation_config, processor=processor)
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return ChatModel(model=loaded.to(device).eval(), processor=processor)  # type: ignore[arg-type]
 
@@ -127,14 +134,17 @@ def padding_tokenizer(processor: Processor) -> Any:
     return tokenizer
 
 
-def greedy(own: transformers.GenerationConfig, *, tokenizer: Any) -> transformers.GenerationConfig:
-    """Return a checkpoint's settings for greedy decoding.
+def greedy(own: transformers.GenerationConfig, *, processor: Processor) -> transformers.GenerationConfig:
+    """Return a checkpoint's settings for greedy decoding, which ends where an answer of the chat template ends too.
 
     They are replaced whole: its sampling settings (temperature, repetition penalty) fill what a call leaves open.
     """
+    tokenizer = tokenizer_of(processor)
+    ends = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    known = [ends] if isinstance(ends, int) else list(ends or ())
     return transformers.GenerationConfig(
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
+        eos_token_id=list(dict.fromkeys(end for end in (*known, end_of_turn(processor)) if end is not None)) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -176,7 +186,7 @@ def bits_per_byte(
 
 
 def _answer_nats(chat: ChatModel, conversations: Sequence[EncodedConversation]) -> float:
-    """Return the summed cross-entropy of all answer tokens, in nats."""
+    """Return the summed cross-entropy of the answers, their thinking left out, in nats."""
     joined = [JoinedSample(encoded=conversation, targets=None) for conversation in conversations]
     student = to_device(answer_batch(joined).student, chat.model.device)
     width = student.input_ids.shape[1]
@@ -190,18 +200,26 @@ def _answer_nats(chat: ChatModel, conversations: Sequence[EncodedConversation]) 
         use_cache=False,
     ).logits
     rows = logits[student.predicting_rows // width, kept_index].float()
-    return float(torch.nn.functional.cross_entropy(rows, student.labels, reduction="none").double().sum())
+    nats = torch.nn.functional.cross_entropy(rows, student.labels, reduction="none").double()
+    return float((nats * student.weights).sum())
 
 
 def answer_batch(samples: Sequence[JoinedSample]) -> Batch:
-    """Return the batch in which a model's own answers are predicted."""
-    return collate(
+    """Return the batch in which a model's own answers are predicted; tokens of thinking weigh nothing."""
+    batch = collate(
         samples,
         with_answers=True,
         with_recalibrator=False,
         with_regularization=False,
         include_boundary_row=True,
     )
+    weights = batch.student.weights.clone()
+    start = 0
+    for encoded in (sample.encoded for sample in samples):
+        for span, thinking in zip(encoded.spans, encoded.num_thinking, strict=True):
+            weights[start : start + thinking] = 0.0
+            start += span.stop - span.start
+    return replace(batch, student=replace(batch.student, weights=weights))
 
 
 def prompt_inputs(processor: Processor, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -225,8 +243,9 @@ def encode_prompts(processor: Processor, texts: Sequence[str], *, images: Sequen
 
 
 def answer_texts(tokenizer: Any, tokens: Int[Tensor, "batch tokens"], *, prompt_length: int) -> list[str]:
-    """Return what was generated behind prompts of one length, as text."""
-    return [text.strip() for text in tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)]
+    """Return what was generated behind prompts of one length, as text without thinking."""
+    texts = tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+    return [text.rpartition(THINKING_STOP)[2].strip() for text in texts]
 
 
 def by_answer_length(samples: Sequence[Sample]) -> list[Sample]:

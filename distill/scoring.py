@@ -73,8 +73,8 @@ def read_sample_rows(data: DataConfig, *, samples: Sequence[Sample]) -> list[Sam
 
 
 def reference_answer(sample: Sample) -> str:
-    """Return the text of the last assistant turn."""
-    return next(message.text for message in reversed(sample.messages) if message.role == "assistant")
+    """Return the text of the last assistant turn, without thinking."""
+    return next(message.answer for message in reversed(sample.messages) if message.role == "assistant")
 
 
 def normalize_answer(text: str) -> str:

@@ -24,7 +24,7 @@ from distill.watchdog import Watchdog
 from distill.watching import watch_stage
 from distill.zero import check_before_start, launched_processes, make_engine
 from teacher_cache import open_cache
-from teacher_cache.chat import load_processor
+from teacher_cache.chat import end_of_turn, load_processor
 from teacher_cache.config import CacheConfig
 from teacher_cache.documents import encode_document
 from teacher_cache.durable_files import remove, sync_folder, sync_names_above, sync_tree
@@ -68,6 +68,12 @@ def train_student(
         watchdog.expect(f"{student.name}: the start", within_s=train.slow_timeout_s)
         base = resolve_model(student.model, revision=student.revision)
         processor = load_processor(str(base), trust_remote_code=student.trust_remote_code)
+        if end_of_turn(processor) is None:
+            logger.warning(
+                "the chat template of %s ends no answer with a special token: %s is not taught to stop",
+                base,
+                student.name,
+            )
         job = Job(
             cache=open_cache(cache.uri) if targets is None else targets,
             data=scan_samples(cache.data),

@@ -140,7 +140,7 @@ def _accuracy(validation: Validation, engine: Engine, *, processes: Processes) -
     tokenizer, filler = padding_tokenizer(validation.processor), validation.filler
     batches = list(batches_of(by_answer_length(validation.samples), size=validation.config.batch_size))
     right = 0.0
-    with _decoding_greedily(engine, tokenizer=tokenizer):
+    with _decoding_greedily(engine, processor=validation.processor):
         for index, batch in _share(batches, processes=processes):
             lacks_image = filler is not None and not any(sample.images for sample in batch)
             asked = [*batch, filler] if filler is not None and lacks_image else batch
@@ -162,11 +162,11 @@ def _score(sample: Sample, answer: str) -> float:
 
 
 @contextmanager
-def _decoding_greedily(engine: Engine, *, tokenizer: Any) -> Iterator[None]:
+def _decoding_greedily(engine: Engine, *, processor: Processor) -> Iterator[None]:
     """Put the student's own generation settings aside, and bring them back for its export."""
     student = engine.model.student
     own = student.generation_config
-    student.generation_config = greedy(own, tokenizer=tokenizer)
+    student.generation_config = greedy(own, processor=processor)
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from pathlib import Path
 from launch import arguments
 from launch.accounting import ACCOUNTING, account
 from launch.arguments import ArgumentParser
+from launch.clusters.marks import mark_cache
 from launch.logs import setup_logging
 from launch.processes import run_process, trainer_environment
 from launch.provenance import cache_output, recorded
@@ -166,6 +167,7 @@ def build(config: RunConfig) -> bool:
 
     with recorded(lambda: [cache_output(config)], config=config) as recording:
         recording.counts = build_cache(config.cache, log_dir=Path(config.output_dir) / "logs").shards_built > 0
+    mark_cache(config)
     return recording.counts
 
 

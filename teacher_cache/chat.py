@@ -16,11 +16,12 @@ from teacher_cache.errors import ConfigError, SampleError
 from teacher_cache.model_files import refuse_own_code
 from teacher_cache.rendering import Processor, RenderedAnswer, render_conversation, render_prompt
 from teacher_cache.samples import decode_image
-from teacher_cache.schema import EncodedConversation, Sample, Span
+from teacher_cache.schema import THINKING_STOP, EncodedConversation, Message, Sample, Span
 
 __all__ = [
     "Processor",
     "encode_conversation",
+    "end_of_turn",
     "expanded_positions",
     "image_token_id",
     "load_processor",
@@ -93,7 +94,11 @@ def encode_conversation(processor: Processor, sample: Sample, *, max_length: int
         prompt_token_ids=tuple(plain_ids),
         spans=tuple(Span(int(positions[span.start]), int(positions[span.stop])) for span in plain_spans),
         answer_byte_ends=np.concatenate(byte_ends),
-        answer_bytes=sum(len(m.text.encode()) for m in sample.messages if m.role == "assistant"),
+        num_thinking=tuple(
+            _num_thinking(offsets[span.start : span.stop], text, answer=answer)
+            for span, answer in zip(plain_spans, answers, strict=True)
+        ),
+        answer_bytes=sum(_num_bytes(message) for message in sample.messages if message.role == "assistant"),
         images=images,
         model_inputs=model_inputs,
     )
@@ -131,6 +136,23 @@ def expanded_positions(
     return positions
 
 
+def end_of_turn(processor: Processor) -> int | None:
+    """Return the special token that the chat template puts at the end of an answer; None where it puts none."""
+    messages = (Message(role="user", content=("a",)), Message(role="assistant", content=("b",)))
+    try:
+        text, (answer,) = render_conversation(
+            processor, Sample(sample_id="end-of-turn", messages=messages, images=(), digest="")
+        )
+    except SampleError:  # a template that asks for more than this
+        return None
+    tokenizer = tokenizer_of(processor)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    special = set(tokenizer.all_special_ids)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    span = _answer_span(ids, offsets, answer=answer, special=special)
+    return ids[span.stop - 1] if ids[span.stop - 1] in special else None
+
+
 def image_token_id(processor: Processor) -> int:
     """Return the id that stands for one image before expansion.
 
@@ -162,6 +184,16 @@ def _byte_ends(offsets: Sequence[tuple[int, int]], *, answer: RenderedAnswer) ->
     bytes_before = np.cumsum([0, *(len(character.encode()) for character in answer.text)])
     characters = np.array([stop for _, stop in offsets]) - answer.text_start
     return bytes_before[np.maximum.accumulate(characters.clip(0, len(answer.text)))].astype(np.int32)
+
+
+def _num_thinking(offsets: Sequence[tuple[int, int]], text: str, *, answer: RenderedAnswer) -> int:
+    if THINKING_STOP not in text[answer.start : answer.text_start]:
+        return 0
+    return sum(stop <= answer.text_start for _, stop in offsets)
+
+
+def _num_bytes(message: Message) -> int:
+    return sum(len(text.encode()) for text in (message.answer, *(c.name + c.arguments for c in message.tool_calls)))
 
 
 def _check_placeholders(processor: Processor, ids: Sequence[int], *, sample: Sample) -> None:

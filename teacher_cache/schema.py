@@ -114,8 +114,10 @@ class EncodedConversation:
     """Answer spans in ``token_ids``, one per assistant turn, in order."""
     answer_byte_ends: Int[np.ndarray, " answer_tokens"]
     """Where each answer token ends in the text of its answer, turns one after the other."""
+    num_thinking: tuple[int, ...]
+    """Tokens of each answer before the end of its thinking, 0 where the template renders none."""
     answer_bytes: int
-    """UTF-8 length of all assistant messages, end-of-turn tokens not counted."""
+    """UTF-8 length of all answers and tool calls, without thinking and end-of-turn tokens."""
     images: "tuple[Image, ...]"
     """Decoded RGB images."""
     model_inputs: "dict[str, Tensor]"

@@ -60,7 +60,9 @@ def score_model(
     model: str | Path, *, data: DataConfig, evaluation: StudyEvaluation, teacher: TeacherScores | None
 ) -> tuple[Scores, TeacherScores]:
     """Return a model's scores, and what would be the teacher's side of others'."""
-    settings = EvaluationSettings(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens)
+    settings = EvaluationSettings(
+        batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens, device="cpu"
+    )
     chat = load_chat_model(model, settings=settings)
     samples = read_samples(data).samples
     answers = confident_answers(chat, samples=samples, settings=settings)
@@ -128,9 +130,9 @@ def read_answers(
     places: Places = {}
     for batch in batches_of(by_prompt_length(samples, processor=chat.processor), size=settings.batch_size):
         encoded = [encode_conversation(chat.processor, sample, max_length=max_length) for sample in batch]
-        logits, labels = _answer_logits(chat, encoded)
+        logits, labels, weights = _answer_logits(chat, encoded)
         logprobs = logits.log_softmax(-1)
-        nats -= float(logprobs.gather(-1, labels[:, None]).double().sum())
+        nats -= float((logprobs.gather(-1, labels[:, None])[:, 0].double() * weights).sum())
         num_bytes += sum(conversation.answer_bytes for conversation in encoded)
         by_byte = torch.zeros(len(labels), BYTE_CLASSES).index_add_(1, classes, logprobs.exp())
         starts = [start for conversation in encoded for start in token_starts(conversation)]
@@ -139,12 +141,12 @@ def read_answers(
     return bits_per_byte_of(nats, num_bytes=num_bytes), places
 
 
-def _answer_logits(chat: ChatModel, encoded: Sequence[EncodedConversation]) -> tuple[Tensor, Tensor]:
+def _answer_logits(chat: ChatModel, encoded: Sequence[EncodedConversation]) -> tuple[Tensor, Tensor, Tensor]:
     batch = answer_batch([JoinedSample(encoded=conversation, targets=None) for conversation in encoded]).student
     hidden = last_hidden_state(
         chat.model, batch.input_ids, attention_mask=batch.attention_mask, model_inputs=batch.model_inputs
     )
-    return _head(chat)(hidden.flatten(0, 1)[batch.predicting_rows]).float(), batch.labels
+    return _head(chat)(hidden.flatten(0, 1)[batch.predicting_rows]).float(), batch.labels, batch.weights
 
 
 def _head(chat: ChatModel) -> Any:

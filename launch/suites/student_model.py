@@ -152,7 +152,7 @@ def generation_config(
     own: transformers.GenerationConfig, settings: Mapping[str, Any], *, processor: Any
 ) -> transformers.GenerationConfig:
     """Return how an answer is generated: greedily, unless the task asks for samples."""
-    config = greedy(own, tokenizer=tokenizer_of(processor))
+    config = greedy(own, processor=processor)
     config.max_new_tokens = int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
     config.num_beams = int(settings.get("num_beams") or 1)
     temperature = float(settings.get("temperature") or 0.0)

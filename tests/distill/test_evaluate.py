@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +11,32 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from distill.evaluate import (
     EvaluationSettings,
+    answer_texts,
     bits_per_byte,
     evaluate_model,
     generate_answers,
+    greedy,
     load_chat_model,
 )
-from distill.scoring import SampleRow, agreement, exact_match, normalize_answer, read_result, read_sample_rows
+from distill.scoring import (
+    SampleRow,
+    agreement,
+    exact_match,
+    normalize_answer,
+    read_result,
+    read_sample_rows,
+    reference_answer,
+)
 from teacher_cache.chat import encode_conversation
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import ConfigError, DataError, SampleError
 from teacher_cache.samples import read_samples
+from teacher_cache.schema import Message, Sample
+from tests.teacher_cache.chat_templates import CHATML_THINKING
 
 SETTINGS = EvaluationSettings(batch_size=2, max_new_tokens=4, dtype="float32")
 FAMILIES = ["tiny_qwen2_vl", "tiny_internvl", "tiny_llava"]
@@ -91,7 +105,7 @@ def test_answers_equal_a_loop_without_cache(family: str, data: DataConfig, reque
             token = int(chat.model(input_ids=ids, **inputs, use_cache=False).logits[0, -1].argmax())
         answer.append(token)
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-        if token == chat.model.generation_config.eos_token_id:
+        if token in chat.model.generation_config.eos_token_id:
             break
     expected = chat.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
     settings = EvaluationSettings(batch_size=2, max_new_tokens=8, dtype="float32")
@@ -117,6 +131,40 @@ def test_bits_per_byte_equals_a_hand_computation(family: str, data: DataConfig, 
         settings = EvaluationSettings(batch_size=batch_size, max_new_tokens=1, dtype="float32")
         found = bits_per_byte(chat, samples=samples, max_length=512, settings=settings)
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def thinking_aloud(path: Path, target: Path) -> Path:
+    """Copy a text model whose template puts an empty thinking before the last answer."""
+    shutil.copytree(path, target)
+    (target / "chat_template.jinja").write_text(CHATML_THINKING)
+    return target
+
+
+def test_thinking_is_neither_scored_nor_counted(tiny_qwen2: Path, tmp_path: Path) -> None:
+    chat = load_chat_model(thinking_aloud(tiny_qwen2, tmp_path / "model"), settings=SETTINGS)
+    messages = (Message(role="user", content=("Sum?",)), Message(role="assistant", content=("seven",)))
+    sample = Sample(sample_id="s", messages=messages, images=(), digest="")
+    encoded = encode_conversation(chat.processor, sample, max_length=512)
+    ids = torch.from_numpy(encoded.token_ids).long()[None]
+    ((start, stop),) = encoded.spans
+    # a model that says exactly what it was trained to say
+    (text,) = answer_texts(chat.processor, ids[:, start:stop], prompt_length=0)
+    row = SampleRow(sample_id="s", reference=reference_answer(sample), columns={})
+    assert exact_match(row, text) == 1.0
+    with torch.inference_mode():
+        logprobs = chat.model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
+    counted = range(start + encoded.num_thinking[0], stop)
+    nats = -sum(float(logprobs[position - 1, ids[0, position]]) for position in counted)
+    found = bits_per_byte(chat, samples=[sample], max_length=512, settings=SETTINGS)
+    assert found == pytest.approx(nats / math.log(2) / len("seven"), rel=1e-5)
+
+
+def test_generation_ends_with_the_turn_of_the_template(tiny_qwen2: Path) -> None:
+    chat = load_chat_model(tiny_qwen2, settings=SETTINGS)
+    own = transformers.GenerationConfig(eos_token_id=3, temperature=0.7, do_sample=True)
+    config = greedy(own, processor=chat.processor)
+    assert config.eos_token_id == [3, chat.processor.convert_tokens_to_ids("<|im_end|>")]
+    assert (config.do_sample, config.temperature) == (False, None)
 
 
 def test_bits_per_byte_refuses_a_sample_that_does_not_fit(tiny_llava: Path, data: DataConfig) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from teacher_cache.chat import Processor, encode_conversation, load_processor
+from teacher_cache.chat import Processor, encode_conversation, end_of_turn, load_processor
 from teacher_cache.errors import SampleError
 from teacher_cache.rendering import render_conversation
 from teacher_cache.samples import parse_row
@@ -83,6 +83,8 @@ def test_thinking_is_in_the_span_where_the_template_keeps_it(tokenizer: Processo
     thought = len(tokenizer("<think>\nfive and seven\n</think>\n\n")["input_ids"])
     assert ends[:thought] == [0] * thought, "thinking comes before the text"
     assert ends[thought] > 0
+    assert encoded.num_thinking == (0, thought)
+    assert encoded.answer_bytes == len("seven" + "The sum is twelve.")
 
 
 def test_templates_that_keep_and_drop_thinking_see_the_same_turns_and_texts(tokenizer: Processor) -> None:
@@ -95,6 +97,29 @@ def test_templates_that_keep_and_drop_thinking_see_the_same_turns_and_texts(toke
                 answer.endswith(f"{text}<|im_end|>") for answer, (*_, text) in zip(answers, THINKING, strict=True)
             )
             assert not any("assistant" in answer or "Sum?" in answer for answer in answers)
+
+
+def test_an_empty_thinking_of_the_template_counts_as_thinking(tokenizer: Processor) -> None:
+    plain = sample_of([{"role": "user", "content": "Sum?"}, {"role": "assistant", "content": "seven"}])
+    encoded, answers = spans_of(tokenizer, CHATML_THINKING, plain)
+    assert answers == ["<think>\n\n</think>\n\nseven<|im_end|>"]
+    assert encoded.num_thinking == (len(tokenizer("<think>\n\n</think>\n\n")["input_ids"]),)
+    assert encoded.answer_bytes == len("seven")
+
+
+def test_bytes_of_a_tool_call_are_its_name_and_arguments(tokenizer: Processor) -> None:
+    encoded, _ = spans_of(tokenizer, CHATML_THINKING, calling())
+    assert encoded.answer_bytes == len('add{"a": 3, "b": 4}' + "seven" + "seven")
+    assert encoded.num_thinking[:2] == (0, 0), "the empty thinking is before the last answer"
+
+
+def test_the_end_of_a_turn_is_what_the_template_puts_there(tokenizer: Processor) -> None:
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for template in (CHATML_THINKING, HEADERS, OPEN_THINKING, PLAIN):
+        assert end_of_turn(with_template(tokenizer, template)) == end
+    unclosed = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    assert end_of_turn(with_template(tokenizer, unclosed)) is None
+    assert end_of_turn(with_template(tokenizer, "{{ raise_exception('only tools') }}")) is None
 
 
 def test_a_template_without_thinking_keeps_it_as_text(tokenizer: Processor) -> None:
