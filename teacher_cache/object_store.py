@@ -99,7 +99,10 @@ class ObjectWriter:
             self._store.call(self._name, lambda *_: upload.close())
 
     def abort(self) -> None:
-        """Drop the upload: an object that was not finished does not exist."""
+        """Drop the upload: an object that was not finished does not exist.
+
+        Its parts stay in the store until a lifecycle rule ends the upload: obstore's writer cannot.
+        """
         self._upload = None
 
     def __enter__(self) -> "ObjectWriter":

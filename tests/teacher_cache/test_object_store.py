@@ -1,5 +1,6 @@
 """The whole protocol on an S3-compatible store, through faults."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import boto3
 import obstore
 import pytest
 from obstore.exceptions import GenericError
@@ -23,7 +25,7 @@ from teacher_cache.repair import repair_cache
 from teacher_cache.storage import open_store, require_create
 from teacher_cache.verify import verify_cache
 from teacher_cache.writer import CacheWriter
-from tests.teacher_cache.s3_server import S3, Fault, start_s3
+from tests.teacher_cache.s3_server import BUCKET, S3, Fault, start_s3
 from tests.teacher_cache.store import assert_same, build, make_samples
 
 SAMPLES = make_samples(6)
@@ -116,6 +118,40 @@ def test_faults_in_a_third_of_all_requests_lose_nothing(s3: S3) -> None:
     collect_garbage(s3.uri)
     assert verify_cache(s3.uri).problems == ()
     print(f"R14: {len(s3.requests)} requests, 30 % with faults, {len(refused)} resumed builds: 0 lost, 0 wrong")
+
+
+def end_uploads(client: Any) -> int:
+    """End all unfinished uploads, as a lifecycle rule does, and return how many there were."""
+    uploads = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+    for upload in uploads:
+        client.abort_multipart_upload(Bucket=BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
+    return len(uploads)
+
+
+def test_a_rule_for_unfinished_uploads_is_needed_and_harmless(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "_PART_BYTES", 5 * 2**20)
+    part = memoryview(bytes(object_store._PART_BYTES))
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3.port}")
+    operations = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    rules = json.loads(operations.partition("```json\n")[2].partition("```")[0])
+    client.put_bucket_lifecycle_configuration(Bucket=BUCKET, LifecycleConfiguration=rules)
+
+    build_at(s3.uri)
+    store = ObjectStore(s3.uri)
+    killed = store.writer("shards/00000-0/hidden_states/c.0.0")
+    for _ in range(3):
+        killed.write([part])
+    killed.abort()
+    store.remove("shards/00000-0")
+    require_whole(s3.uri)
+    assert end_uploads(client) == 1
+    going_on = store.writer("shards/00000-1/hidden_states/c.0.0")
+    for _ in range(3):
+        going_on.write([part])
+    assert end_uploads(client) == 1
+    with pytest.raises(OSError, match=r"shards/00000-1/hidden_states/c\.0\.0"):
+        going_on.close()
+    require_whole(s3.uri)
 
 
 def test_a_lost_answer_does_not_lose_the_name(s3: S3) -> None:
