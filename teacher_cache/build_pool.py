@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,12 +16,14 @@ from teacher_cache.build_metrics import BuildMetrics
 from teacher_cache.build_placement import ReplicaPlacement
 from teacher_cache.claims import Claims
 from teacher_cache.config import CacheConfig
-from teacher_cache.errors import CacheIncomplete
+from teacher_cache.errors import CacheError, CacheIncomplete
+from teacher_cache.ledger import record_name
 from teacher_cache.plan import PlannedShard
 from teacher_cache.progress import PieceProgress, progress
 from teacher_cache.schema import Sample
 from teacher_cache.shard_worker import ShardReport, ShardWorker
 from teacher_cache.spot_check import ReferenceRows
+from teacher_cache.standing import standing_revisions
 from teacher_cache.writer import CacheWriter
 
 logger = logging.getLogger(__name__)
@@ -30,7 +33,7 @@ LOOKS_PER_LEASE: Final = 10
 
 
 class ShardQueue(PieceQueue[PlannedShard]):
-    """The shards that nobody works on, as far as the claims of other builders tell."""
+    """The shards that nobody works on, as far as the claims and records of other builders tell."""
 
     def __init__(self, shards: Sequence[PlannedShard], *, writer: CacheWriter, claims: Claims, lease_s: float) -> None:
         super().__init__(shards)
@@ -39,29 +42,57 @@ class ShardQueue(PieceQueue[PlannedShard]):
         self._interval_s = lease_s / LOOKS_PER_LEASE
         self._look_again: dict[str, float] = {}
         self._next_look = 0.0
+        self._taken: set[str] = set()
+        """What our own actors may have committed is theirs to report."""
+        self._dropped_samples = 0
+        self._revisions = standing_revisions(writer.store)
+        self._drop_done()  # the reference of the spot check took its time
 
     def take(self) -> PlannedShard | None:
-        """Take the next shard that no other builder has claimed; one that is claimed is looked at again later."""
+        """Take the next shard that no other builder has claimed or committed; claims are looked at again later."""
         for _ in range(len(self.pieces)):
             shard = self.pieces.popleft()
             if time.monotonic() >= self._look_again.get(shard.shard_id, 0.0):
                 if self._claims.take(shard.shard_id):
-                    return shard
+                    # a claim is free again once its shard is committed
+                    if shard.shard_id in self._taken or self._is_missing(shard):
+                        self._taken.add(shard.shard_id)
+                        return shard
+                    self._claims.release(shard.shard_id)
+                    self.pieces.append(shard)
+                    self._drop_done()
+                    return self.take()
                 self._look_again[shard.shard_id] = time.monotonic() + self._interval_s
             self.pieces.append(shard)
         return None
 
     def drop_done_elsewhere(self) -> int:
         """Forget the shards that other builders have committed; return the number of their samples."""
-        waiting = [shard for shard in self.pieces if shard.shard_id in self._look_again]
-        if not waiting or time.monotonic() < self._next_look:
-            return 0
-        self._next_look = time.monotonic() + self._interval_s
+        if time.monotonic() >= self._next_look and any(shard.shard_id in self._look_again for shard in self.pieces):
+            self._next_look = time.monotonic() + self._interval_s
+            self._drop_done()
+        dropped, self._dropped_samples = self._dropped_samples, 0
+        return dropped
+
+    def _is_missing(self, shard: PlannedShard) -> bool:
+        """Tell whether a shard is still not committed; records are listed only where there is a new one."""
+        name = record_name(shard.shard_id, self._revisions.get(shard.shard_id, -1) + 1)
+        try:
+            if self._writer.store.size(name) is None:
+                return True
+        except OSError as error:
+            raise CacheError(
+                f"shard {shard.shard_id}: cannot look for {self._writer.uri}/{name}: {error}; mend the store, then run "
+                "the build again"
+            ) from error
+        return shard in self._writer.missing_shards()
+
+    def _drop_done(self) -> None:
         missing = {shard.shard_id for shard in self._writer.missing_shards()}
-        done = [shard for shard in waiting if shard.shard_id not in missing]
-        for shard in done:
-            self.pieces.remove(shard)
-        return sum(len(shard.sample_ids) for shard in done)
+        kept = [shard for shard in self.pieces if shard.shard_id in missing or shard.shard_id in self._taken]
+        self._dropped_samples += sum(len(shard.sample_ids) for shard in self.pieces)
+        self._dropped_samples -= sum(len(shard.sample_ids) for shard in kept)
+        self.pieces = deque(kept)
 
 
 class BuildWork:

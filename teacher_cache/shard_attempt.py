@@ -53,6 +53,11 @@ class ShardAttempt:
         self._bytes = 0
         self._committed = False
 
+    @property
+    def is_done_elsewhere(self) -> bool:
+        """Whether another attempt has committed the shard: what is appended is dropped."""
+        return self._standing is not None
+
     def append(self, targets: TeacherTargets) -> None:
         """Append the next sample, in planned order.
 

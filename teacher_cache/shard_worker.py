@@ -18,6 +18,7 @@ from teacher_cache.head_check import HEAD_CHECK_ROWS, ScoredRows, check_head_agr
 from teacher_cache.prefetch import Prefetch
 from teacher_cache.progress import PieceProgress
 from teacher_cache.reader import open_cache
+from teacher_cache.samples import check_skip_budget
 from teacher_cache.schema import EncodedConversation, Sample, SkippedSample, TeacherTargets
 from teacher_cache.shard_attempt import ShardAttempt
 from teacher_cache.spot_check import TOLERANCE, ReferenceRows, SpotCheck, compare_with_reference
@@ -68,7 +69,7 @@ class ShardWorker:
     def build(
         self, shard_id: str, samples: Sequence[Sample], *, references: Sequence[ReferenceRows] = ()
     ) -> Iterator[PieceProgress | ShardReport]:
-        """Compute and commit one shard; yield signs of life, and the report at the end.
+        """Compute and commit one shard, unless it stands already; yield signs of life, and the report at the end.
 
         Args:
             shard_id: A planned shard.
@@ -76,6 +77,7 @@ class ShardWorker:
             references: What some of its samples are compared with.
 
         Raises:
+            DataError: More of its samples are bad than ``max_skipped_samples``; nothing is committed.
             TeacherError: The engine failed or its targets fail their checks; nothing is committed.
             CacheError: The shard cannot be written.
         """
@@ -84,18 +86,23 @@ class ShardWorker:
             digests = {sample.sample_id: sample.digest for sample in samples}
             attempt.require_planned(list(digests), skipped=(), digests=digests)
             build = _ShardBuild(self, attempt, samples, references={one.sample_id: one for one in references})
-            yield from build.run()
+            if not attempt.is_done_elsewhere:
+                yield from build.run()
+            # a machine at fault skips all that it gets: what is committed stands for everyone
+            data = self.config.data
+            where = f"shard {shard_id} of {data.path}"
+            check_skip_budget(build.skipped, allowed=data.max_skipped_samples, source=where)
             difference = check_head_agrees(build.scored_rows, head=self.head)
             spot_check = SpotCheck.merged(build.spot_checks)
             provenance = {**self.identity, "head_difference_nats": difference, "spot_check": asdict(spot_check)}
-            attempt.commit(skipped=build.skipped, provenance=provenance)
+            record = attempt.commit(skipped=build.skipped, provenance=provenance)
         self.writer.note_committed(shard_id)
         yield ShardReport(
             shard_id=shard_id,
-            samples=build.written,
+            samples=len(record.sample_ids),
             tokens=build.tokens,
             seconds=time.monotonic() - started,
-            skipped=tuple(build.skipped),
+            skipped=record.skipped,
             head_difference_nats=difference,
             spot_check=spot_check,
             worker=self.identity,
@@ -129,7 +136,6 @@ class _ShardBuild:
         self._rows_per_sample = math.ceil(HEAD_CHECK_ROWS / len(samples))
         self.scored_rows: list[ScoredRows] = []
         self.spot_checks: list[SpotCheck] = []
-        self.written = 0
         self.tokens = 0
 
     @property
@@ -203,7 +209,6 @@ class _ShardBuild:
         if (reference := self._references.get(targets.sample_id)) is not None:
             self.spot_checks.append(compare_with_reference(targets, reference, tolerance=self._tolerance))
         self._attempt.append(targets)
-        self.written += 1
 
 
 def encode_or_skip(processor: Processor, sample: Sample, *, max_length: int) -> EncodedConversation | SkippedSample:

@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from teacher_cache import open_cache
+from teacher_cache import open_cache, shard_worker
 from teacher_cache.build import import_ray
 from teacher_cache.build_job import BuildJob, StopRequest
 from teacher_cache.build_metrics import BuildMetrics
 from teacher_cache.build_placement import ReplicaPlacement, replica_resources
 from teacher_cache.build_plan import open_builder
-from teacher_cache.build_pool import build_shards
+from teacher_cache.build_pool import ShardQueue, build_shards
 from teacher_cache.claims import Claims
 from teacher_cache.config import BuildConfig, CacheConfig
-from teacher_cache.errors import ConfigError, TeacherError
+from teacher_cache.errors import ConfigError, DataError, TeacherError
 from teacher_cache.progress import PieceProgress
+from teacher_cache.repair import repair_cache
 from teacher_cache.sample_file import SampleFile, scan_samples
 from teacher_cache.samples import read_samples
 from teacher_cache.shard_worker import ShardReport, ShardWorker
@@ -27,6 +28,8 @@ from teacher_cache.spot_check import ReferenceRows, is_spot_checked
 from teacher_cache.teacher import TransformersTeacher, compute_targets
 from teacher_cache.verify import verify_cache
 from tests.teacher_cache.conversations import encode_digits
+from tests.teacher_cache.store import commit, flip_bit, make_samples
+from tests.teacher_cache.store import open_builder as open_store_builder
 from tests.teacher_cache.test_build import local_ray, make_config
 
 __all__ = ["local_ray"]
@@ -89,6 +92,44 @@ def run_pool(config: CacheConfig, *, stuck: list[int], log_dir: Path) -> tuple[B
     return job, placement
 
 
+def test_a_builder_takes_no_shard_that_another_has_committed(tmp_path: Path) -> None:
+    samples = make_samples(6)
+    writer = open_store_builder(tmp_path / "cache", samples, per_shard=1)
+    missing = writer.missing_shards()
+    commit(writer, missing[5], samples)
+    with Claims(writer.store, lease_s=60) as ours, Claims(writer.store, lease_s=60) as theirs:
+        queues = [ShardQueue(missing, writer=writer, claims=claims, lease_s=60) for claims in (ours, theirs)]
+        assert [queue.drop_done_elsewhere() for queue in queues] == [1, 1]
+        for shard in (queues[0].take(), queues[0].take()):
+            assert shard is not None
+            commit(writer, shard, samples)
+            ours.release(shard.shard_id)
+        taken = queues[1].take()
+        assert taken == missing[2], "the first two are committed, and nobody claims them any more"
+        assert queues[1].drop_done_elsewhere() == 2
+        assert [shard.shard_id for shard in queues[1].pieces] == ["00003", "00004"]
+
+        commit(writer, missing[2], samples)
+        queues[1].put_back(missing[2])
+        assert queues[1].take() == missing[2], "whose answer was lost: its worker reports it"
+
+
+def test_a_builder_takes_a_shard_that_was_withdrawn(tmp_path: Path) -> None:
+    samples = make_samples(2)
+    writer = open_store_builder(tmp_path / "cache", samples, per_shard=1)
+    missing = writer.missing_shards()
+    with Claims(writer.store, lease_s=60) as claims:
+        queue = ShardQueue(missing, writer=writer, claims=claims, lease_s=60)
+        for shard in missing:
+            commit(writer, shard, samples)
+        (path,) = (tmp_path / "cache").glob("shards/00000-*/hidden_states/c.0.0")
+        flip_bit(path, byte=3, bit=1)
+        assert repair_cache(writer.uri).withdrawn_shards == ("00000",)
+        assert queue.take() == missing[0]
+        assert queue.take() is None
+        assert (queue.drop_done_elsewhere(), len(queue)) == (1, 0)
+
+
 @pytest.mark.slow
 def test_hung_replicas_are_replaced_and_their_shards_built(
     local_ray: None, tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -138,6 +179,30 @@ def test_a_sample_that_differs_from_the_reference_stops_its_shard(
     assert report.spot_check.samples == 3
     assert report.spot_check.hidden_relative_l2 == 0
     assert len(open_cache(config.uri)) == 28
+
+    (again,) = worker.build("shard-000000", samples.samples, references=[off])
+    assert isinstance(again, ShardReport)
+    assert (again.samples, again.tokens) == (28, 0), "it stands: nothing was computed"
+
+
+def test_a_shard_with_more_bad_samples_than_allowed_is_not_committed(
+    tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path / "cache", model=tiny_qwen2_vl, data=digit_samples)
+    samples = read_samples(config.data)
+    worker = ShardWorker(config, writer=open_builder(config, samples), identity={}, log_file=None)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("this machine's processor is broken")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shard_worker, "encode_conversation", refuse)
+        with pytest.raises(DataError, match=r"2 bad sample\(s\) in shard shard-000000 of .*, allowed are 0"):
+            list(worker.build("shard-000000", samples.samples[:2]))
+    assert worker.writer.missing_shards()[0].shard_id == "shard-000000"
+    *_, report = worker.build("shard-000000", samples.samples[:2])
+    assert isinstance(report, ShardReport)
+    assert (report.samples, report.skipped) == (2, ())
 
 
 def test_one_in_so_many_is_checked_whatever_its_id() -> None:
