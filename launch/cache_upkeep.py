@@ -55,22 +55,29 @@ def verify_command(argv: Sequence[str]) -> int:
 
 def repair_parser() -> ArgumentParser:
     """Return the parser of `cache repair`."""
-    return cache_parser(
+    parser = cache_parser(
         "cache repair",
         description="Verify every byte, then give up the shards that are damaged, so that the next build computes "
         "them again and nothing else; write damaged snapshots again.",
         exit_codes="0 nothing is left to do, 1 files cannot be read, 3 run the build now, 4 beyond repair",
     )
+    parser.add_argument(
+        "--withdraw",
+        action="append",
+        metavar="SHARD",
+        help="verify nothing, but give up this shard, damaged or not; may be given several times",
+    )
+    return parser
 
 
 def repair_command(argv: Sequence[str]) -> int:
     """Repair a cache; exit 3 when the build has to compute shards again, 4 when that is not enough."""
     options = repair_parser().parse(argv)
     from teacher_cache.inspect import cache_status
-    from teacher_cache.repair import repair_cache
+    from teacher_cache.repair import repair_cache, withdraw_shards
 
     with console_logging():
-        report = repair_cache(options.uri)
+        report = withdraw_shards(options.uri, options.withdraw) if options.withdraw else repair_cache(options.uri)
     status = None if report.beyond_repair else cache_status(options.uri)
     if options.json:
         print_json(report)

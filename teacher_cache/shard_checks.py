@@ -38,6 +38,8 @@ class Problem:
     """Relative to the cache."""
     message: str
     shard_id: str | None = None
+    revision: int | None = None
+    """Of the shard's standing record when it was checked; None where it had none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,16 @@
 """Verification of a cache, quick or of every byte."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from teacher_cache.claims import CLAIMS
 from teacher_cache.durable_files import digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError, CacheIncomplete
 from teacher_cache.gc import ATTEMPT
-from teacher_cache.ledger import SHARDS, record_name
+from teacher_cache.ledger import COMMITS, SHARDS, record_name
 from teacher_cache.local_store import STAGING
 from teacher_cache.manifest import MANIFEST, Manifest, read_manifest
 from teacher_cache.plan import Plan, PlannedShard, generation_name, read_plan
@@ -27,7 +27,7 @@ from teacher_cache.snapshot import (
     read_snapshot_bytes,
     snapshot_name,
 )
-from teacher_cache.standing import standing_revisions, unplanned_records
+from teacher_cache.standing import highest_revisions, standing_revisions, unplanned_records
 from teacher_cache.storage import Store, open_store
 
 _THREADS = 4
@@ -60,7 +60,8 @@ def verify_cache(uri: str, *, level: Level = "full", trusted_digest: str | None 
     """Check what is stored against what was committed.
 
     In a complete cache a file that no digest covers is a problem too. Until then such files belong to attempts that
-    may still run.
+    may still run. Others may write meanwhile: what they add is not looked at, and a shard that they change is checked
+    once more.
 
     Args:
         uri: Where the cache lies.
@@ -97,10 +98,12 @@ def snapshot_digest(uri: str) -> str:
 def _verify(uri: str, *, level: Level, trusted_digest: str | None) -> VerifyReport:
     store = open_store(uri)
     manifest = read_manifest(store)
+    # before what names them is read: whatever comes later belongs to work that goes on
+    listed = [entry.name for entry in store.list("")]
     plan = read_plan(store, manifest)
     snapshots, problems = _check_snapshots(store, manifest)
     latest = snapshots[-1] if snapshots else None
-    standing, entries = standing_revisions(store), _index_entries(store, latest)
+    standing, entries = standing_revisions(store), index_entries(store, latest)
     if trusted_digest is not None:
         problems += _check_trusted(store, latest, trusted_digest=trusted_digest)
         problems += _check_beyond(latest, manifest=manifest, plan=plan, standing=standing, entries=entries)
@@ -115,7 +118,8 @@ def _verify(uri: str, *, level: Level, trusted_digest: str | None) -> VerifyRepo
     known.update(*(check.known for check in checks))
     if latest is not None:
         undecided = [shard.shard_id for shard, check in zip(plan.shards, shards, strict=True) if not check.names_files]
-        problems += _extra_files(store, known=known, undecided=undecided)
+        unknown = _extra_names(listed, known=known | named_files(store, manifest), undecided=undecided)
+        problems += _extra_files(store, unknown)
     elif not missing:
         message = "all shards are committed and there is no snapshot; run the build again to write it"
         problems.append(Problem(kind="missing", path=snapshot_name(0), message=message))
@@ -129,6 +133,25 @@ def _verify(uri: str, *, level: Level, trusted_digest: str | None) -> VerifyRepo
         missing_shards=missing,
         unpublished=bool(entries) and not missing and _is_newer(standing, plan=plan, entries=entries),
     )
+
+
+def named_files(store: Store, manifest: Manifest) -> set[str]:
+    """Return the parts of the plan, the records of planned shards, and the snapshots with their indexes."""
+    plan = read_plan(store, manifest)
+    planned = {shard.shard_id for shard in plan.shards}
+    named = {generation_name(number, manifest) for number in range(len(plan.generations))}
+    named |= {entry.name for entry in store.list(COMMITS) if planned & highest_revisions([entry.name]).keys()}
+    for snapshot in _check_snapshots(store, manifest)[0]:
+        named |= {snapshot_name(snapshot.number), snapshot.index}
+    return named
+
+
+def index_entries(store: Store, latest: Snapshot | None) -> dict[str, ShardEntry]:
+    """Return what the index of a snapshot holds of each shard; nothing where it is damaged, as its digest tells."""
+    try:
+        return {} if latest is None else {entry.shard_id: entry for entry in map_index(store, latest).shards}
+    except CacheCorrupt:
+        return {}
 
 
 def _check_trusted(store: Store, latest: Snapshot | None, *, trusted_digest: str) -> Iterator[Problem]:
@@ -210,13 +233,6 @@ def _check_top_level(
     return Check(known=frozenset(names | files.keys()), problems=tuple(problems))
 
 
-def _index_entries(store: Store, latest: Snapshot | None) -> dict[str, ShardEntry]:
-    try:
-        return {} if latest is None else {entry.shard_id: entry for entry in map_index(store, latest).shards}
-    except CacheCorrupt:
-        return {}  # the digest of the index says so
-
-
 def _is_newer(standing: Mapping[str, int], *, plan: Plan, entries: Mapping[str, ShardEntry]) -> bool:
     """Tell whether shards were committed after the snapshot whose entries these are."""
     return any(
@@ -234,33 +250,53 @@ def _check_shards(
     entries: Mapping[str, ShardEntry],
     level: Level,
 ) -> list[Check]:
-    def check(shard: PlannedShard) -> Check:
-        return check_shard(
+    def check(shard: PlannedShard, standing: Mapping[str, int] = standing) -> Check:
+        revision = standing.get(shard.shard_id)
+        found = check_shard(
             store,
             shard,
-            revision=standing.get(shard.shard_id),
+            revision=revision,
             entry=entries.get(shard.shard_id),
             fingerprint=manifest.fingerprint,
             level=level,
         )
+        return replace(found, problems=tuple(replace(problem, revision=revision) for problem in found.problems))
 
-    checks = []
     with (
         ThreadPoolExecutor(_THREADS) as pool,
         progress(total=len(plan.shards), unit="shard", description=f"cache verify, {level}") as bar,
     ):
+        checks = []
         for done in pool.map(check, plan.shards):
             checks.append(done)
             bar.update(1)
-    return checks
+    while True:
+        now = standing_revisions(store)
+        moved = [
+            place
+            for place, (shard, found) in enumerate(zip(plan.shards, checks, strict=True))
+            if any(problem.revision != now.get(shard.shard_id) for problem in found.problems)
+        ]
+        if not moved:
+            return checks
+        for place in moved:
+            checks[place] = check(plan.shards[place], now)
 
 
-def _extra_files(store: Store, *, known: set[str], undecided: Sequence[str]) -> Iterator[Problem]:
-    for entry in store.list(""):
-        top, _, rest = entry.name.partition("/")
+def _extra_names(names: Iterable[str], *, known: set[str], undecided: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        top, _, rest = name.partition("/")
         attempt = ATTEMPT.fullmatch(rest.partition("/")[0])
         is_undecided = top == SHARDS and attempt is not None and attempt["shard_id"] in undecided
         is_transient = top in (STAGING, CLAIMS) and rest
-        if entry.name not in known and not is_transient and not is_undecided:
+        if name not in known and not is_transient and not is_undecided:
+            yield name
+
+
+def _extra_files(store: Store, unknown: Iterable[str]) -> Iterator[Problem]:
+    """Yield those of the unknown files that nobody has tidied away since they were listed."""
+    names = set(unknown)
+    for entry in store.list("") if names else ():
+        if entry.name in names:
             message = f"{entry.name}: no digest covers this file; remove it, or run `genrecal cache gc`"
             yield Problem(kind="extra", path=entry.name, message=message)
