@@ -50,14 +50,15 @@ def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSum
     log_dir.mkdir(parents=True, exist_ok=True)
     table = scan_samples(config.data)
     writer = open_builder(config, table)
-    skipped = [*table.skipped, *open_cache(config.uri, allow_incomplete=True).skipped]
+    samples = {sample.sample_id: sample for sample in table.samples}
+    stored = open_cache(config.uri, allow_incomplete=True).skipped
     with SampleFile(config.data) as file:
         job = BuildJob(
             config=config,
             writer=writer,
-            samples={sample.sample_id: sample for sample in table.samples},
+            samples=samples,
             file=file,
-            skipped=skipped,
+            skipped=[*table.skipped, *(bad for bad in stored if bad.sample_id in samples)],
             log_dir=log_dir,
         )
         job.check_budget()

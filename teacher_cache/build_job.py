@@ -15,7 +15,7 @@ from typing import Any
 
 from teacher_cache.build_plan import engine_version
 from teacher_cache.config import CacheConfig
-from teacher_cache.errors import CacheIncomplete
+from teacher_cache.errors import CacheIncomplete, DataError
 from teacher_cache.plan import PlannedShard
 from teacher_cache.reader import open_cache
 from teacher_cache.sample_file import SampleEntry, SampleFile
@@ -42,6 +42,7 @@ class BuildSummary:
     """By this run."""
     samples: int
     skipped: tuple[SkippedSample, ...]
+    """Of this run's data."""
     tokens: int
     """Teacher tokens computed by this run, image tokens included."""
     seconds: float
@@ -98,7 +99,17 @@ class BuildJob:
     def check_budget(self) -> None:
         """Raise DataError when more samples were skipped than the config allows."""
         data = self.config.data
-        check_skip_budget(self.skipped, allowed=data.max_skipped_samples, source=data.path)
+        try:
+            check_skip_budget(self.skipped, allowed=data.max_skipped_samples, source=data.path)
+        except DataError as error:
+            bad = {one.sample_id for one in self.skipped if one.sample_id in self.samples}
+            shards = [shard.shard_id for shard in self.writer.plan.shards if not bad.isdisjoint(shard.sample_ids)]
+            if not shards:
+                raise
+            raise DataError(
+                f"{error}\nShards with bad samples: {', '.join(shards[:10])}. Where not the data but a machine was at "
+                "fault, `genrecal cache repair URI --withdraw SHARD` has the next build compute a shard again."
+            ) from error
 
     def finish(self, *, seconds: float) -> BuildSummary:
         """Return the summary of a complete cache, and log it."""

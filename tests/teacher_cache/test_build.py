@@ -27,6 +27,7 @@ from teacher_cache.build_plan import keeps_question_rows, open_builder, plan_sha
 from teacher_cache.config import BuildConfig, CacheConfig, DataConfig, TargetsConfig, TeacherConfig
 from teacher_cache.errors import CacheMismatch, ConfigError, DataError, TeacherError
 from teacher_cache.reader import TeacherCache
+from teacher_cache.repair import withdraw_shards
 from teacher_cache.samples import read_samples
 from teacher_cache.shard_worker import ShardReport, ShardWorker
 from teacher_cache.spot_check import TOLERANCE, is_spot_checked
@@ -188,6 +189,20 @@ def test_an_image_that_the_processor_refuses_costs_one_sample(tiny_qwen2_vl: Pat
     *_, report = worker.build("shard-000000", samples.samples)
     assert isinstance(report, ShardReport)
     assert [(bad.sample_id, bad.reason) for bad in report.skipped] == [("thin", "not-encodable")]
+    assert open_cache(config.uri).sample_ids == ("good",)
+
+    assert build_cache(config).skipped == report.skipped
+    others = with_data(config, max_samples=1, max_skipped_samples=0)
+    assert build_cache(others).skipped == (), "what another run's data has does not count"
+    strict = with_data(config, max_skipped_samples=0)
+    with pytest.raises(DataError, match=r"bad samples: shard-000000\. .* `genrecal cache repair URI --withdraw SHARD`"):
+        build_cache(strict)
+    withdraw_shards(config.uri, ["shard-000000"])
+    worker.config = strict
+    with pytest.raises(DataError, match="1 bad sample"):
+        list(worker.build("shard-000000", samples.samples))
+    worker.config = config
+    list(worker.build("shard-000000", samples.samples))
     assert open_cache(config.uri).sample_ids == ("good",)
 
 
