@@ -124,27 +124,32 @@ class TransformersTeacher:
         token_ids = torch.from_numpy(conversation.token_ids).long()
         inputs = {name: self._to_device(tensor) for name, tensor in conversation.model_inputs.items()}
         predicting = torch.from_numpy(predicting_rows(conversation.spans))
-        hidden, logits = self._forward(token_ids[None].to(self.device), inputs, predicting.to(self.device))
-        scores = score_logits(logits, target_ids=token_ids[predicting + 1].to(self.device), topk=topk)
+        hidden, logits = self._forward(token_ids[None].to(self.device), inputs, predicting)
+        scores = score_logits(logits, target_ids=token_ids[predicting + 1].to(logits.device), topk=topk)
         stored = stored_rows(conversation.spans, num_tokens=len(token_ids), with_question=with_question)
-        rows = hidden[torch.from_numpy(stored).to(self.device)]
+        rows = hidden[torch.from_numpy(stored).to(hidden.device)]
         return make_targets(conversation, rows=rows, scores=scores, with_question=with_question)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
     def _forward(self, input_ids: Tensor, inputs: dict[str, Tensor], predicting: Tensor) -> tuple[Tensor, Tensor]:
-        """Return every row that enters the head, and the logits of the predicting rows."""
+        """Return every row that enters the head, and the logits of the predicting rows.
+
+        Of a model that is spread over GPUs, rows and head may lie on others than the inputs; its own hooks move what
+        enters a module only after ours have seen it.
+        """
         head = self.model.get_output_embeddings()
         captured: list[Tensor] = []
 
         def keep_rows(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             captured.append(args[0][0])
-            return (args[0][:, predicting],)
+            return (args[0][:, predicting.to(args[0].device)],)
 
         def in_float32(module: Any, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
+            rows = args[0].to(module.weight.device, torch.float32)
             bias = None if module.bias is None else module.bias.float()
-            return torch.nn.functional.linear(args[0].float(), module.weight.float(), bias)
+            return torch.nn.functional.linear(rows, module.weight.float(), bias)
 
         handles = [head.register_forward_pre_hook(keep_rows), head.register_forward_hook(in_float32)]
         try:

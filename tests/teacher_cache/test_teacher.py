@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from teacher_cache.answer_scores import pack, score_logits, unpack
 from teacher_cache.config import TeacherConfig
@@ -73,6 +75,40 @@ def test_question_rows_are_left_out_where_they_are_not_wanted(tiny_qwen2: Path) 
     )
     assert first.question_hidden_states is None
     assert second.question_hidden_states is not None
+
+
+class SpreadModel:
+    """A model whose inputs go to one device, here meta, while its last layer and head lie on another."""
+
+    def __init__(self, model: Any, *, token_ids: Tensor) -> None:
+        self.model = model
+        self.token_ids = token_ids
+
+    def get_output_embeddings(self) -> Any:
+        return self.model.get_output_embeddings()
+
+    def __call__(self, *, input_ids: Tensor, use_cache: bool) -> Any:
+        assert input_ids.is_meta
+        return self.model(input_ids=self.token_ids[None], use_cache=use_cache)
+
+
+def test_rows_of_a_model_whose_last_layer_lies_on_another_device_than_its_inputs(tiny_qwen2: Path) -> None:
+    (conversation,) = encode_all(tiny_qwen2, text_samples(count=1))
+    teacher = TransformersTeacher(config_of(tiny_qwen2))
+    (expected,) = compute_targets(teacher, [conversation], topk=5, question_rows=[True])
+    teacher.device = torch.device("meta")
+    teacher.model = SpreadModel(teacher.model, token_ids=torch.from_numpy(conversation.token_ids).long())
+    (found,) = compute_targets(teacher, [conversation], topk=5, question_rows=[True])
+    for name in ("hidden_states", "question_hidden_states", "topk_logprobs", "logsumexp", "target_logprobs"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_logits_of_a_head_that_lies_on_another_device_than_its_rows(tiny_qwen2: Path) -> None:
+    teacher = TransformersTeacher(config_of(tiny_qwen2))
+    add_hook_to_module(teacher.model.lm_head, AlignDevicesHook(execution_device="meta"))
+    rows, logits = teacher._forward(torch.ones(1, 4, dtype=torch.long), {}, torch.tensor([1, 2]))
+    assert (rows.device.type, logits.device.type) == ("cpu", "meta")
+    assert (len(rows), logits.shape) == (4, (2, teacher.vocab_size))
 
 
 def test_more_topk_than_vocabulary_is_refused(tiny_qwen2: Path) -> None:
