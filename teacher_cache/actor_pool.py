@@ -37,9 +37,12 @@ class PieceQueue(Generic[Piece]):
         """Take the next piece; None while there is none to work on."""
         return self.pieces.popleft() if self.pieces else None
 
-    def put_back(self, piece: Piece) -> None:
-        """Have a piece tried again."""
-        self.pieces.appendleft(piece)
+    def put_back(self, piece: Piece, *, last: bool = False) -> None:
+        """Have a piece tried again: next, or behind all others."""
+        if last:
+            self.pieces.append(piece)
+        else:
+            self.pieces.appendleft(piece)
 
     def drop_done_elsewhere(self) -> int:
         """Forget the pieces that others have done; return the number of their samples."""
@@ -86,19 +89,32 @@ class Work(Protocol[GivenPiece]):
 
 
 @dataclass(kw_only=True)
-class _Attempt(Generic[Piece]):
-    """An actor at work on a piece."""
+class _Replica:
+    """An actor that Ray has placed."""
 
     actor: Any
+    node: str
+    has_engine: bool = False
+    """Whether its engine has started: it has given a sign."""
+
+
+@dataclass(kw_only=True)
+class _Attempt(Generic[Piece]):
+    """A replica at work on a piece."""
+
+    replica: _Replica
     piece: Piece
     last_sign_s: float
-    has_started: bool = False
     samples: int = 0
     tokens: int = 0
 
 
 class ActorPool(Generic[Piece]):
-    """Hands out pieces to ``num_replicas`` actors until all are done or given up."""
+    """Hands out pieces to ``num_replicas`` actors until all are done or given up.
+
+    An engine that does not start costs its node, not the piece: after ``max_attempts`` such starts in a row no further
+    actor goes to the node.
+    """
 
     def __init__(
         self,
@@ -119,10 +135,14 @@ class ActorPool(Generic[Piece]):
         self._log_dir = log_dir
         self._metrics = metrics
         self._starting: dict[Any, Any] = {}
-        self._idle: list[Any] = []
+        self._idle: list[_Replica] = []
         self._running: dict[Any, _Attempt[Piece]] = {}
         self._attempts: Counter[str] = Counter()
-        self._started = self._notice = time.monotonic()
+        self._failed_starts: Counter[str] = Counter()
+        """By node, in a row."""
+        self._failed_placings = 0
+        self._start_error: BaseException | None = None
+        self._started = self._notice = self._looked_s = time.monotonic()
         self.failures: dict[str, BaseException] = {}
         """Names of pieces that failed ``max_attempts`` times, with their last error."""
         self.finished = 0
@@ -139,40 +159,54 @@ class ActorPool(Generic[Piece]):
         """Work until no piece is left but those in ``failures``.
 
         Raises:
-            TeacherError: A piece failed ``max_attempts`` times before any was done.
+            TeacherError: A piece failed ``max_attempts`` times and no other was done, or engines start nowhere.
             GenrecalError: What another attempt cannot mend, or a request to stop.
         """
         try:
-            for _ in range(min(len(self._queue), self._build.num_replicas)):
-                self._start_actor()
             while self._queue or self._running:
                 self._work.check_stop(num_missing=self.num_missing)
+                self._start_actors()
                 self._hand_out()
                 bar.update(self._queue.drop_done_elsewhere(), **self._figures())
                 self._wait(bar)
                 self._replace_hung(bar)
+                self._check_any_finished()
         finally:
-            for actor in [*self._starting.values(), *self._idle, *(one.actor for one in self._running.values())]:
+            replicas = [*self._idle, *(attempt.replica for attempt in self._running.values())]
+            for actor in [*self._starting.values(), *(replica.actor for replica in replicas)]:
                 self._placement.stop(actor)
 
-    def _start_actor(self) -> None:
-        actor = self._work.start_actor()
-        self._starting[actor.ready.remote()] = actor
+    def _start_actors(self) -> None:
+        """Start as many actors as there is work for; none where too many were lost before they had a place."""
+        wanted = min(self._build.num_replicas, self.num_missing)
+        may_start = self._failed_placings < self._build.max_attempts and self._placement.has_place()
+        while may_start and len(self._starting) + len(self._idle) + len(self._running) < wanted:
+            actor = self._work.start_actor()
+            self._starting[actor.ready.remote()] = actor
+        # those that wait for a place wait in vain where every node is avoided
+        if not (self._idle or self._running) and not (self._starting and self._placement.has_place()):
+            raise TeacherError(
+                f"no replica starts on any node, {self.num_missing} {self._work.unit}(s) are missing; the last start "
+                f"failed with: {self._start_error}. Engine logs are in {self._log_dir}"
+            ) from self._start_error
 
     def _hand_out(self) -> None:
+        if self.failures and not self.finished:
+            return  # whether any piece can be done is told by those that are being tried
         while self._idle and (piece := self._queue.take()) is not None:
-            actor = self._idle.pop()
-            self._attempts[self._work.name(piece)] += 1
-            stream = self._work.begin(actor, piece)
-            self._running[stream] = _Attempt(actor=actor, piece=piece, last_sign_s=time.monotonic())
+            replica = self._idle.pop()
+            stream = self._work.begin(replica.actor, piece)
+            self._running[stream] = _Attempt(replica=replica, piece=piece, last_sign_s=time.monotonic())
 
     def _wait(self, bar: Progress) -> None:
-        """Take in what actors have told."""
+        """Take in what actors have told: all of it, since a driver that was held up has many signs to read."""
         waitables = [*self._running, *self._starting]
         if not waitables:
             time.sleep(POLL_S)  # all that is left is done by others
             return
-        ready, _ = self._ray.wait(waitables, timeout=POLL_S, fetch_local=False)
+        self._ray.wait(waitables, timeout=POLL_S, fetch_local=False)
+        self._looked_s = time.monotonic()
+        ready, _ = self._ray.wait(waitables, num_returns=len(waitables), timeout=0, fetch_local=False)
         for told in ready:
             if told in self._starting:
                 self._take_actor(told)
@@ -186,28 +220,35 @@ class ActorPool(Generic[Piece]):
         actor = self._starting.pop(ready)
         try:
             self._ray.get(ready)
+            node = self._placement.node_of(actor)
         except self._ray.exceptions.RayError as error:
             logger.warning("a replica died before it had work: %s", error)
             self._placement.stop(actor)
-            self._start_actor()
+            self._failed_placings += 1
+            self._start_error = error
         else:
-            self._idle.append(actor)
+            self._failed_placings = 0
+            self._idle.append(_Replica(actor=actor, node=node))
 
     def _take_sign(self, stream: Any, bar: Progress) -> None:
         attempt = self._running[stream]
         try:
             sign = self._ray.get(next(stream))
         except self._ray.exceptions.RayError as error:
-            self._give_up(stream, bar)
-            self._failed(attempt.piece, error.cause if isinstance(error, self._ray.exceptions.RayTaskError) else error)
+            cause = error.cause if isinstance(error, self._ray.exceptions.RayTaskError) else error
+            self._failed(stream, cause, bar)
             return
-        attempt.last_sign_s, attempt.has_started = time.monotonic(), True
+        attempt.last_sign_s = time.monotonic()
+        if not attempt.replica.has_engine:
+            attempt.replica.has_engine = True
+            self._failed_starts[attempt.replica.node] = 0
         if isinstance(sign, PieceProgress):
             self._advance(attempt, bar, samples=sign.samples, tokens=sign.tokens)
             return
         del self._running[stream]
-        self._idle.append(attempt.actor)
+        self._idle.append(attempt.replica)
         self.finished += 1
+        self._failed_placings = 0
         self._advance(attempt, bar, samples=self._work.num_samples(attempt.piece), tokens=sign.tokens)
         self._work.finish(attempt.piece, sign)
 
@@ -226,37 +267,56 @@ class ActorPool(Generic[Piece]):
         return {"tokens_per_s": round(rate), f"missing_{self._work.unit}s": self.num_missing, **self._work.figures()}
 
     def _replace_hung(self, bar: Progress) -> None:
+        """Kill the replicas that had given no sign for too long when signs were last looked for."""
         for stream, attempt in list(self._running.items()):
-            limit = self._build.stall_timeout_s if attempt.has_started else self._build.start_timeout_s
-            if time.monotonic() - attempt.last_sign_s > limit:
-                self._give_up(stream, bar)
-                what = "has given no sign" if attempt.has_started else "has not started its engine"
-                self._failed(attempt.piece, TeacherError(f"its replica {what} for {limit:g} s and was killed"))
+            has_engine = attempt.replica.has_engine
+            limit = self._build.stall_timeout_s if has_engine else self._build.start_timeout_s
+            if self._looked_s - attempt.last_sign_s > limit:
+                what = "has given no sign" if has_engine else "has not started its engine"
+                self._failed(stream, TeacherError(f"its replica {what} for {limit:g} s and was killed"), bar)
 
-    def _give_up(self, stream: Any, bar: Progress) -> None:
-        """Take back what an attempt has counted, and put a fresh actor in the place of its own."""
+    def _failed(self, stream: Any, error: BaseException, bar: Progress) -> None:
+        """End an attempt, take back what it has counted, and decide what becomes of its piece."""
         attempt = self._running.pop(stream)
         self._advance(attempt, bar, samples=0, tokens=0)
         if self._metrics is not None:
             self._metrics.failed()
-        self._placement.stop(attempt.actor)
-        self._start_actor()
-
-    def _failed(self, piece: Piece, error: BaseException) -> None:
+        self._placement.stop(attempt.replica.actor)
         # a CacheError proper is a refused write; its subclasses, as other errors of ours, stay when tried again
         retryable = not isinstance(error, GenrecalError) or type(error) in (TeacherError, CacheError)
         if not retryable:
             raise error
-        unit, name = self._work.unit, self._work.name(piece)
-        attempts, allowed = self._attempts[name], self._build.max_attempts
-        logger.warning("%s %s: attempt %d of %d failed: %s", unit, name, attempts, allowed, error)
-        if attempts < allowed:
+        if attempt.replica.has_engine:
+            self._attempt_failed(attempt.piece, error)
+        else:
+            self._start_failed(attempt.replica.node, error)
+            self._queue.put_back(attempt.piece, last=True)  # should its data be what kills actors, others come first
+
+    def _attempt_failed(self, piece: Piece, error: BaseException) -> None:
+        unit, name, allowed = self._work.unit, self._work.name(piece), self._build.max_attempts
+        self._attempts[name] += 1
+        logger.warning("%s %s: attempt %d of %d failed: %s", unit, name, self._attempts[name], allowed, error)
+        if self._attempts[name] < allowed:
             self._queue.put_back(piece)
-        elif not self.finished:
+        else:
+            self.failures[name] = error
+            self._work.give_up(piece)
+
+    def _start_failed(self, node: str, error: BaseException) -> None:
+        self._start_error = error
+        self._failed_starts[node] += 1
+        failed, allowed = self._failed_starts[node], self._build.max_attempts
+        logger.warning("start %d of %d of an engine on node %s failed: %s", failed, allowed, node, error)
+        if failed == allowed:
+            self._placement.avoid(node)
+            logger.warning("no further replica goes to node %s", node)
+
+    def _check_any_finished(self) -> None:
+        """Raise TeacherError where a piece failed for good, none was done, and none is being tried."""
+        if self.failures and not self.finished and not self._running:
+            name, error = next(iter(self.failures.items()))
+            unit, attempts = self._work.unit, self._build.max_attempts
             raise TeacherError(
                 f"no {unit} was finished; {unit} {name} failed {attempts} times, the last time with: {error}. Engine "
                 f"logs are in {self._log_dir}"
             ) from error
-        else:
-            self.failures[name] = error
-            self._work.give_up(piece)

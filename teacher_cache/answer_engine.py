@@ -1,16 +1,15 @@
 """The teacher in vLLM as it writes answers: the generating runner, under the settings of the build."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from teacher_cache.answer_writing import AnswerRequest, GeneratedAnswer
 from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.config import CacheConfig
-from teacher_cache.errors import SampleError, TeacherError
+from teacher_cache.errors import SampleError
 from teacher_cache.teacher_checkpoint import checkpoint_directory
-from teacher_cache.vllm_teacher import engine_arguments, prepare_process, shut_down
+from teacher_cache.vllm_teacher import engine_arguments, prepare_process, shut_down, start_engine
 
 
 class VllmAnswerEngine:
@@ -25,8 +24,6 @@ class VllmAnswerEngine:
         directory = checkpoint_directory(cache.teacher)
         on_cuda = torch.cuda.is_available()
         prepare_process(cache.teacher.model, on_cuda=on_cuda, log_file=log_file)
-        import vllm
-
         arguments = engine_arguments(
             cache.teacher, directory=directory, build=cache.build, max_length=cache.data.max_length, on_cuda=on_cuda
         )
@@ -35,12 +32,7 @@ class VllmAnswerEngine:
         self._answers = answers
         self._in_flight: dict[str, str] = {}
         self._count = 0
-        try:
-            self._llm: Any = vllm.LLM(**arguments)
-        except (ValueError, RuntimeError) as error:
-            raise TeacherError(
-                f"vLLM {vllm.__version__} cannot start the teacher {cache.teacher.model}: {error}"
-            ) from error
+        self._llm = start_engine(arguments, model=cache.teacher.model, on_cuda=on_cuda)
 
     @property
     def num_unfinished(self) -> int:

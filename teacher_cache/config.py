@@ -77,13 +77,14 @@ class BuildConfig(StrictConfig):
     gpus_per_replica: float | None = Field(default=None, ge=0)
     """GPUs that Ray reserves per replica; by default as many as share one copy where CUDA exists, else 0."""
     pipeline_parallel_size: int = Field(default=1, gt=0)
-    """Groups of tensor_parallel_size GPUs that share the layers of one copy; more GPUs than a node has span nodes."""
+    """Groups of tensor_parallel_size GPUs that share the layers of one copy; all of them must be on one node."""
     max_batched_tokens: int = Field(default=8192, gt=0)
     """Tokens per engine step."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
     """Memory of the engine's key-value cache in GiB; by default the engine decides."""
     max_attempts: int = Field(default=3, gt=0)
-    """Times that a shard is tried before the build gives up on it and exits 3."""
+    """Times that a shard is tried before the build gives up on it and exits 3; also the failed starts of an engine in a
+    row after which a node gets no further replica."""
     compression: Compression = "none"
     """Lossless compression of new shards: none for a local disk, zstd where the store is slower than about 1 GB/s."""
     extend: bool = False

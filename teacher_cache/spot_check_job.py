@@ -1,6 +1,7 @@
 """The first phase of a build: actors of plain transformers compute what the spot checks compare with."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from types import ModuleType
@@ -10,7 +11,7 @@ from teacher_cache.build_job import BuildJob, StopRequest
 from teacher_cache.build_placement import ReplicaPlacement
 from teacher_cache.chat import encode_conversation, load_processor
 from teacher_cache.config import CacheConfig
-from teacher_cache.errors import ConfigError, SampleError, TeacherError
+from teacher_cache.errors import SampleError, TeacherError
 from teacher_cache.progress import progress
 from teacher_cache.schema import Sample
 from teacher_cache.spot_check import ReferenceRows
@@ -38,19 +39,14 @@ def compute_references(
     The actors take the resources of the replicas, which start afterwards.
 
     Raises:
-        ConfigError: A replica is larger than a node.
         TeacherError: The reference does not start or gives no sign for ``start_timeout_s``.
         CacheIncomplete: A signal came.
     """
     if not samples:
         return {}
     actors = min(config.build.num_replicas, -(-len(samples) // SAMPLES_PER_ACTOR))
-    if placement.resources.spans_nodes:
-        raise ConfigError(
-            "the spot check runs plain transformers on one node, and a replica of this teacher needs more GPUs than "
-            "any node has: set `build.spot_check_every` to 0"
-        )
-    started = [placement.start(_ReferenceActor, config, round(placement.resources.gpus)) for _ in range(actors)]
+    gpus = math.ceil(placement.resources.gpus)  # a share of a GPU is one to the actor
+    started = [placement.start(_ReferenceActor, config, gpus) for _ in range(actors)]
     waiting = {
         actor.compute.options(num_returns="streaming").remote(list(samples[number::actors])): actor
         for number, actor in enumerate(started)

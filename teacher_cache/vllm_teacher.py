@@ -22,7 +22,7 @@ from teacher_cache.vllm_plugin import PREFIX, register_class
 from teacher_cache.vllm_stream import FinishedRequest, run_requests
 
 STEPS_IN_FLIGHT = 4
-"""Engine steps for which requests are waiting in the engine."""
+"""Engine steps for which requests are waiting in the engine; one more for each further stage of a pipeline."""
 CPU_KV_CACHE_GIB = 0.25
 """Key-value cache on a CPU unless the config says otherwise: vLLM would take a fraction of all memory."""
 
@@ -70,19 +70,14 @@ class VllmTeacher:
         ).get_text_config()
         self.hidden_size: int = text_config.hidden_size
         self.vocab_size: int = text_config.vocab_size
-        self._max_batched_tokens = build.max_batched_tokens
-        try:
-            self._llm: Any = vllm.LLM(
-                **engine_arguments(config, directory=directory, build=build, max_length=max_length, on_cuda=on_cuda)
-            )
-        except (ValueError, RuntimeError) as error:
-            raise TeacherError(f"vLLM {vllm.__version__} cannot start the teacher {config.model}: {error}") from error
+        self._tokens_in_flight = (STEPS_IN_FLIGHT + build.pipeline_parallel_size - 1) * build.max_batched_tokens
+        arguments = engine_arguments(config, directory=directory, build=build, max_length=max_length, on_cuda=on_cuda)
+        self._llm = start_engine(arguments, model=config.model, on_cuda=on_cuda)
 
     def stream(self, requests: Iterable[TeacherRequest], *, topk: int) -> Iterator[TeacherTargets | SampleError]:
         """Yield the targets of each request when the engine has finished it."""
         check_topk(topk, vocab_size=self.vocab_size)
-        budget = STEPS_IN_FLIGHT * self._max_batched_tokens
-        for done in run_requests(self._llm.llm_engine, requests, topk=topk, tokens_in_flight=budget):
+        for done in run_requests(self._llm.llm_engine, requests, topk=topk, tokens_in_flight=self._tokens_in_flight):
             if isinstance(done, SampleError):
                 yield done
                 continue
@@ -127,7 +122,8 @@ def engine_arguments(
         "dtype": config.dtype,
         "trust_remote_code": config.trust_remote_code,
         "tensor_parallel_size": build.tensor_parallel_size,
-        "distributed_executor_backend": "mp" if build.tensor_parallel_size > 1 else None,
+        "pipeline_parallel_size": build.pipeline_parallel_size,
+        "distributed_executor_backend": "mp" if build.tensor_parallel_size * build.pipeline_parallel_size > 1 else None,
         "max_model_len": max_length,
         "max_num_batched_tokens": build.max_batched_tokens,
         "enable_prefix_caching": False,
@@ -138,6 +134,24 @@ def engine_arguments(
         "enforce_eager": not on_cuda,
         "use_tqdm_on_load": False,
     }
+
+
+def start_engine(arguments: dict[str, Any], *, model: str, on_cuda: bool) -> Any:
+    """Return ``vllm.LLM``.
+
+    Raises:
+        TeacherError: It does not start.
+    """
+    import vllm
+
+    try:
+        llm: Any = vllm.LLM(**arguments)
+    except (ValueError, RuntimeError) as error:
+        raise TeacherError(f"vLLM {vllm.__version__} cannot start the teacher {model}: {error}") from error
+    if not on_cuda and arguments["pipeline_parallel_size"] > 1:
+        # its CPU runner skips the first dummy step, in which a stage allocates what it takes from the one before
+        llm.collective_rpc("execute_dummy_batch")
+    return llm
 
 
 def check_token_ids(conversation: EncodedConversation, *, found: Int[np.ndarray, " tokens"]) -> None:

@@ -57,10 +57,10 @@ class Ray:
         RayError, RayTaskError = RayError, RayTaskError
 
     def wait(
-        self, streams: Sequence[Stream], *, timeout: float, fetch_local: bool
+        self, streams: Sequence[Stream], *, num_returns: int = 1, timeout: float, fetch_local: bool
     ) -> tuple[list[Stream], list[Stream]]:
-        ready = [stream for stream in streams if stream.is_ready()]
-        if not ready:
+        ready = [stream for stream in streams if stream.is_ready()][:num_returns]
+        if not ready and timeout:
             time.sleep(0.01)
         return ready, []
 
@@ -102,6 +102,7 @@ class Placement:
     behaviours: list[Behaviour]
     started: list[Actor] = field(default_factory=list)
     stopped: list[Actor] = field(default_factory=list)
+    avoided: list[str] = field(default_factory=list)
 
     def start(self, *_: Any) -> Actor:
         number = len(self.started)
@@ -110,6 +111,15 @@ class Placement:
 
     def stop(self, actor: Actor) -> None:
         self.stopped.append(actor)
+
+    def node_of(self, actor: Actor) -> str:
+        return "node"
+
+    def avoid(self, node: str) -> None:
+        self.avoided.append(node)
+
+    def has_place(self) -> bool:
+        return not self.avoided
 
 
 @dataclass
@@ -153,8 +163,13 @@ def never_starts(samples: list[str]) -> Signs:
         yield None
 
 
+def fails_at_work(samples: list[str]) -> Signs:
+    yield PieceProgress(samples=0, tokens=3)
+    yield from fails(samples)
+
+
 def fails_with_c(samples: list[str]) -> Signs:
-    yield from fails(samples) if "c" in samples else works(samples)
+    yield from fails_at_work(samples) if "c" in samples else works(samples)
 
 
 def run(*behaviours: Behaviour, stop: StopRequest | None = None, **build: Any) -> tuple[Job, Placement, int]:
@@ -204,12 +219,17 @@ def test_a_part_that_always_fails_is_left_out_and_named() -> None:
     assert caught.value.__notes__ == ["[0, 2]"]
 
 
+def test_a_teacher_that_writes_nothing_is_given_up() -> None:
+    with pytest.raises(TeacherError, match=r"part 0 failed 2 times, the last time with: no memory.*logs are in logs"):
+        run(*[fails_at_work] * 9, max_attempts=2)
+
+
 @pytest.mark.parametrize(
     ("behaviour", "start_timeout_s", "why"),
     [(fails, 60.0, "no memory"), (never_starts, 0.05, "has not started its engine")],
 )
-def test_a_teacher_that_writes_nothing_is_given_up(behaviour: Behaviour, start_timeout_s: float, why: str) -> None:
-    with pytest.raises(TeacherError, match=rf"part 0 failed 2 times, the last time with: .*{why}.*logs are in logs"):
+def test_an_engine_that_does_not_start_ends_the_run(behaviour: Behaviour, start_timeout_s: float, why: str) -> None:
+    with pytest.raises(TeacherError, match=rf"no replica starts on any node, 3 part.*: .*{why}.*logs are in logs"):
         run(*[behaviour] * 9, max_attempts=2, start_timeout_s=start_timeout_s)
 
 

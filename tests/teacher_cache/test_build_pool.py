@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,14 +214,47 @@ def test_one_in_so_many_is_checked_whatever_its_id() -> None:
     assert all(is_spot_checked(digest, every=5) for digest in chosen[10])
 
 
-def test_replicas_that_do_not_fit_are_refused_and_large_ones_span_nodes() -> None:
+def test_replicas_that_fit_neither_the_cluster_nor_a_node_are_refused() -> None:
     build = BuildConfig(num_replicas=2, tensor_parallel_size=8, pipeline_parallel_size=2)
-    found = replica_resources(build, available={"CPU": 64, "GPU": 32}, gpus_per_node=8)
-    assert (found.gpus, found.spans_nodes) == (16, True)
-    assert not replica_resources(build, available={"CPU": 64, "GPU": 32}, gpus_per_node=16).spans_nodes
+    assert replica_resources(build, available={"CPU": 64, "GPU": 32}, gpus_per_node=16).gpus == 16
+    with pytest.raises(
+        ConfigError, match=r"a replica takes 16 GPU\(s\), but no node has more than 8.*lower `build\.ten"
+    ):
+        replica_resources(build, available={"CPU": 64, "GPU": 32}, gpus_per_node=8)
     with pytest.raises(ConfigError, match=r"2 replica\(s\) with 16 GPU\(s\) each do not fit .* has 24 GPU"):
         replica_resources(build, available={"CPU": 64, "GPU": 24}, gpus_per_node=8)
     assert replica_resources(build, available={"CPU": 64}, gpus_per_node=0).gpus == 0
+
+
+def test_no_actor_goes_to_a_node_that_is_avoided(
+    local_ray: None, tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path
+) -> None:
+    ray = import_ray()
+    placement = ReplicaPlacement(ray, make_config(tmp_path / "cache", model=tiny_qwen2_vl, data=digit_samples))
+    actor = placement.start(StuckActor, 0)
+    node = placement.node_of(actor)
+    placement.stop(actor)
+    assert node in {node["NodeID"] for node in ray.nodes()}
+    placement.avoid(node)
+    waiting = placement.start(StuckActor, 0)
+    assert ray.wait([waiting.ready.remote()], timeout=3)[0] == []
+    placement.stop(waiting)
+
+
+def test_there_is_a_place_unless_all_nodes_that_are_large_enough_are_avoided() -> None:
+    def node(name: str, *, gpus: int, alive: bool = True) -> dict[str, Any]:
+        return {"NodeID": name, "Alive": alive, "Resources": {"CPU": 8.0, "GPU": gpus}}
+
+    nodes = [node("head", gpus=0), node("a", gpus=4), node("b", gpus=4)]
+    ray = SimpleNamespace(nodes=lambda: nodes, cluster_resources=lambda: {"CPU": 24, "GPU": 8})
+    config = make_config(Path("cache"), model=Path("model"), data=Path("data"), tensor_parallel_size=4)
+    placement = ReplicaPlacement(ray, config)  # type: ignore[arg-type]
+    placement.avoid("a")
+    assert placement.has_place()
+    placement.avoid("b")
+    assert not placement.has_place()
+    nodes[1:] = [node("a", gpus=4, alive=False), node("b", gpus=4, alive=False)]
+    assert placement.has_place(), "one may join"
 
 
 def test_the_reference_keeps_some_rows_of_a_long_answer(tiny_qwen2_vl: Path, digit_samples: Path) -> None:

@@ -14,7 +14,7 @@ from teacher_cache.head_check import ScoredRows, check_head_agrees
 from teacher_cache.schema import EncodedConversation, TeacherTargets
 from teacher_cache.teacher import TransformersTeacher, compute_targets, load_teacher_head
 from teacher_cache.vllm_plugin import PREFIX, register_class
-from teacher_cache.vllm_teacher import VllmTeacher
+from teacher_cache.vllm_teacher import VllmTeacher, engine_arguments
 from tests.teacher_cache.conversations import MAX_LENGTH, encode_all, encode_digits, text_samples
 
 TOPK = 8
@@ -120,6 +120,17 @@ def test_bfloat16_rows_keep_their_type(tiny_qwen2_vl: Path, digit_samples: Path)
     teacher.close()
 
 
+@pytest.mark.parametrize(("tensor", "pipeline", "backend"), [(1, 1, None), (8, 1, "mp"), (1, 4, "mp"), (4, 2, "mp")])
+def test_the_engine_gets_all_that_ray_reserves_gpus_for(
+    tensor: int, pipeline: int, backend: str | None, tiny_qwen2: Path
+) -> None:
+    build = BuildConfig(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+    config = TeacherConfig(model=str(tiny_qwen2))
+    arguments = engine_arguments(config, directory=tiny_qwen2, build=build, max_length=MAX_LENGTH, on_cuda=True)
+    assert (arguments["tensor_parallel_size"], arguments["pipeline_parallel_size"]) == (tensor, pipeline)
+    assert arguments["distributed_executor_backend"] == backend
+
+
 def test_a_registered_class_is_inspected_in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from vllm import ModelRegistry
 
@@ -149,11 +160,12 @@ def test_an_architecture_that_vllm_does_not_know_is_named(tiny_qwen2: Path, tmp_
 # vllm 0.32 leaves the ZeroMQ context of an engine in its own process to the garbage collector
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
-def test_two_tensor_parallel_workers_in_processes_of_their_own_agree(
-    tiny_qwen2_vl: Path, digit_samples: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("parallel", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_workers_in_processes_of_their_own_agree(
+    parallel: str, tiny_qwen2_vl: Path, digit_samples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    build = BuildConfig(tensor_parallel_size=2, max_batched_tokens=MAX_LENGTH, kv_cache_gib=0.0625)
+    build = BuildConfig.model_validate({parallel: 2, "max_batched_tokens": MAX_LENGTH, "kv_cache_gib": 0.0625})
     config = TeacherConfig(model=str(tiny_qwen2_vl), dtype="float32")
     teacher = VllmTeacher(config, build=build, max_length=MAX_LENGTH)
     conversations = encode_digits(tiny_qwen2_vl, digit_samples)
