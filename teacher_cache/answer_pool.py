@@ -126,6 +126,7 @@ class _Actor:
     def write(self, samples: list[Sample]) -> Iterator[PieceProgress | WrittenPart]:
         """Write one part; tell how far it is now and then."""
         self.writer = self.writer or self._start()
+        yield PieceProgress(samples=0, tokens=0)
         told = 0.0
         for sign in self.writer.write(samples):
             if not isinstance(sign, PieceProgress) or time.monotonic() - told >= SIGN_OF_LIFE_S:

@@ -74,10 +74,21 @@ def _job(kind: Kind, *, spec: dict[str, Any], complete: Callable[[], bool], stud
 
 
 def cache_nodes(config: RunConfig, resources: NodeResources) -> int:
-    """Return how many nodes the replicas of the teacher need, where the run file does not say it."""
+    """Return how many nodes the replicas of the teacher need, where the run file does not say it.
+
+    Raises:
+        ConfigError: A node has fewer GPUs than a replica, which lies on one node.
+    """
     build = config.cache.build
-    gpus = build.num_replicas * build.tensor_parallel_size * build.pipeline_parallel_size
-    return resources.nodes or max(1, math.ceil(gpus / resources.gpus_per_node) if resources.gpus_per_node else 1)
+    gpus = build.tensor_parallel_size * build.pipeline_parallel_size
+    if not resources.gpus_per_node:
+        return resources.nodes or 1
+    if gpus > resources.gpus_per_node:
+        raise ConfigError(
+            f"a replica of the teacher takes {gpus} GPUs (cache.build.tensor_parallel_size x pipeline_parallel_size), a "
+            f"node has {resources.gpus_per_node}: lower these, or take nodes with more GPUs"
+        )
+    return resources.nodes or math.ceil(build.num_replicas / (resources.gpus_per_node // gpus))
 
 
 @dataclass(frozen=True, kw_only=True)
