@@ -85,8 +85,8 @@ def cache_nodes(config: RunConfig, resources: NodeResources) -> int:
         return resources.nodes or 1
     if gpus > resources.gpus_per_node:
         raise ConfigError(
-            f"a replica of the teacher takes {gpus} GPUs (cache.build.tensor_parallel_size x pipeline_parallel_size), a "
-            f"node has {resources.gpus_per_node}: lower these, or take nodes with more GPUs"
+            f"a replica of the teacher takes {gpus} GPUs (cache.build.tensor_parallel_size x pipeline_parallel_size), "
+            f"a node has {resources.gpus_per_node}: lower these, or take nodes with more GPUs"
         )
     return resources.nodes or math.ceil(build.num_replicas / (resources.gpus_per_node // gpus))
 

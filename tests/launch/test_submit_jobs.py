@@ -85,7 +85,7 @@ def test_nodes_follow_from_the_replicas(config: RunConfig) -> None:
     resources = config.cluster.slurm.cache
     assert cache_nodes(config, resources) == 2
     assert cache_nodes(config, resources.model_copy(update={"gpus_per_node": 6})) == 4, "a replica lies on one node"
-    with pytest.raises(ConfigError, match="a replica of the teacher takes 4 GPUs .* a node has 3: lower these"):
+    with pytest.raises(ConfigError, match=r"a replica of the teacher takes 4 GPUs .* a node has 3: lower these"):
         cache_nodes(config, resources.model_copy(update={"gpus_per_node": 3}))
     assert cache_nodes(config, resources.model_copy(update={"gpus_per_node": 0})) == 1
     assert cache_nodes(config, resources.model_copy(update={"nodes": 5})) == 5
