@@ -118,8 +118,8 @@ def _verify(uri: str, *, level: Level, trusted_digest: str | None) -> VerifyRepo
     known.update(*(check.known for check in checks))
     if latest is not None:
         undecided = [shard.shard_id for shard, check in zip(plan.shards, shards, strict=True) if not check.names_files]
-        unknown = _extra_names(listed, known=known | named_files(store, manifest), undecided=undecided)
-        problems += _extra_files(store, unknown)
+        unknown = set(_extra_names(listed, known=known, undecided=undecided))
+        problems += _extra_files(store, manifest, unknown) if unknown else ()
     elif not missing:
         message = "all shards are committed and there is no snapshot; run the build again to write it"
         problems.append(Problem(kind="missing", path=snapshot_name(0), message=message))
@@ -293,10 +293,10 @@ def _extra_names(names: Iterable[str], *, known: set[str], undecided: Sequence[s
             yield name
 
 
-def _extra_files(store: Store, unknown: Iterable[str]) -> Iterator[Problem]:
-    """Yield those of the unknown files that nobody has tidied away since they were listed."""
-    names = set(unknown)
-    for entry in store.list("") if names else ():
-        if entry.name in names:
+def _extra_files(store: Store, manifest: Manifest, unknown: set[str]) -> Iterator[Problem]:
+    """Yield those of the unknown files that nobody has named or tidied away since they were listed."""
+    unknown = unknown - named_files(store, manifest)
+    for entry in store.list(""):
+        if entry.name in unknown:
             message = f"{entry.name}: no digest covers this file; remove it, or run `genrecal cache gc`"
             yield Problem(kind="extra", path=entry.name, message=message)
