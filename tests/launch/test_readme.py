@@ -105,7 +105,7 @@ def all_console_lines() -> list[str]:
 @pytest.mark.parametrize("line", all_console_lines())
 def test_commands_of_the_pages_parse(line: str, tmp_path: Path) -> None:
     run_file = tmp_path / "run.yaml"
-    run_file.write_text(blocks("yaml")[0])
+    run_file.write_text(blocks("yaml")[0] + "answers: {source: data/original.parquet}\n")
     name, arguments = split_command(shlex.split(line)[1:])
     assert name is not None
     module, function = COMMANDS[name].target.split(":")
