@@ -146,7 +146,10 @@ def test_baselines_have_no_align_stage(method: str, cache: CacheConfig, tiny_qwe
     with pytest.raises(ConfigError, match="no stage align"):
         train_student(cache=cache, student=student, train=train_config(), output_dir=tmp_path, stages=["align"])
     train_student(cache=cache, student=student, train=train_config(), output_dir=tmp_path)
-    assert sorted(path.name for path in (tmp_path / "training" / "tiny").iterdir()) == ["distill", "finetune"]
+    assert sorted(path.parent.name for path in (tmp_path / "training" / "tiny").glob("*/DONE.json")) == [
+        "distill",
+        "finetune",
+    ]
     record = read_metrics(tmp_path, "distill")[0]
     assert {name for name in record if name.startswith("train/")} == {"train/loss", "train/sft_loss"} | (
         set() if method == "sft" else {f"train/{method}_loss"}
