@@ -5,6 +5,7 @@ where the answers stand in the text; the tokenizer's character offsets give thei
 carried over to the ids in which the processor has expanded every image placeholder into its image tokens.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -139,18 +140,13 @@ def expanded_positions(
 def end_of_turn(processor: Processor) -> int | None:
     """Return the special token that the chat template puts at the end of an answer; None where it puts none."""
     messages = (Message(role="user", content=("a",)), Message(role="assistant", content=("b",)))
+    sample = Sample(sample_id="end-of-turn", messages=messages, images=(), digest="")
     try:
-        text, (answer,) = render_conversation(
-            processor, Sample(sample_id="end-of-turn", messages=messages, images=(), digest="")
-        )
+        encoded = encode_conversation(processor, sample, max_length=sys.maxsize)
     except SampleError:  # a template that asks for more than this
         return None
-    tokenizer = tokenizer_of(processor)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    special = set(tokenizer.all_special_ids)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    span = _answer_span(ids, offsets, answer=answer, special=special)
-    return ids[span.stop - 1] if ids[span.stop - 1] in special else None
+    last = int(encoded.token_ids[encoded.spans[-1].stop - 1])
+    return last if last in tokenizer_of(processor).all_special_ids else None
 
 
 def image_token_id(processor: Processor) -> int:
