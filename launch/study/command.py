@@ -12,7 +12,7 @@ from launch.study.config import StudyConfig, load_study
 from launch.study.grid import Cell, cell_folder, plan_cells
 from launch.study.inputs import Inputs, check_same_inputs, make_data, missing_models
 from launch.study.pool import Pool, Task
-from launch.study.records import load_teacher
+from launch.study.records import load_teacher, throw_away_weights
 from launch.study.results import RESULT, Row, read_rows, write_table
 from teacher_cache.errors import GenrecalError
 from teacher_cache.progress import progress
@@ -102,6 +102,9 @@ def make_inputs(config: StudyConfig, *, pool: Pool) -> None:
 def _run_cells(config: StudyConfig, *, pool: Pool) -> None:
     cells = plan_cells(config)
     waiting = [cell for cell in cells if not _is_done(config, cell)]
+    for cell in cells:
+        if _is_done(config, cell):
+            throw_away_weights(cell_folder(config, cell))
     save_results(config)
     with progress(total=len(cells), initial=len(cells) - len(waiting), unit="run", description="study") as bar:
         # those that scale their steps to the FLOPs of others come after all others

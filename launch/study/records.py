@@ -1,4 +1,4 @@
-"""What is kept of scored models, and what runs logged. Imports neither torch nor transformers."""
+"""What is kept of scored models and of runs. Imports neither torch nor transformers."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from distill.config import Stage
+from teacher_cache.durable_files import remove
 
 STUDENT = "student"
 """Name of every run's student within its folder."""
@@ -88,3 +89,11 @@ def metrics(folder: Path, stage: Stage) -> Iterator[dict[str, Any]]:
     path = folder / "training" / STUDENT / stage / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
         yield json.loads(line)
+
+
+def throw_away_weights(folder: Path) -> None:
+    """Remove what a run trained, which its rows no longer need; a killed call may have left it."""
+    remove(folder / "students")
+    for pattern in ("checkpoints", "export", "recalibrator.safetensors"):
+        for path in folder.glob(f"training/*/*/{pattern}"):
+            remove(path)

@@ -18,12 +18,11 @@ from distill.trainer import own_stages, train_student
 from launch.study.config import Arm, StudyConfig
 from launch.study.grid import Cell, cell_digest, cell_folder, make_cell
 from launch.study.inputs import MAX_LENGTH, Inputs, read_capture
-from launch.study.records import STUDENT, Scores, Spent, load_teacher, read_spent, save_teacher
+from launch.study.records import STUDENT, Scores, Spent, load_teacher, read_spent, save_teacher, throw_away_weights
 from launch.study.results import RESULT, Row, read_rows, write_rows
 from launch.study.scores import score_model
 from teacher_cache import open_cache
 from teacher_cache.config import DataConfig
-from teacher_cache.durable_files import remove
 from teacher_cache.errors import DataError
 from teacher_cache.reader import TeacherCache
 from teacher_cache.schema import TIERS, TeacherTargets, Tier
@@ -102,7 +101,7 @@ def run_cell(config: StudyConfig, cell: Cell) -> None:
             spent = read_spent(folder, stages[: stages.index(stage) + 1])
             rows.append(_row(config, cell, name=name, scores=scores, spent=spent, train=train))
     write_rows(rows, folder / RESULT)
-    _throw_away_weights(folder)
+    throw_away_weights(folder)
     logger.info("%s: %.0f s", cell.name, time.monotonic() - began)
 
 
@@ -199,10 +198,3 @@ def read_tiers(arm: Arm, *, train: TrainConfig) -> set[Tier]:
         stage_spec(stage, method=student.method, train=train, has_images=True) for stage in own_stages(student, train)
     ]
     return {tier for spec in specs for tier in spec.tiers}
-
-
-def _throw_away_weights(folder: Path) -> None:
-    remove(folder / "students")
-    for pattern in ("checkpoints", "export", "recalibrator.safetensors"):
-        for path in folder.glob(f"training/*/*/{pattern}"):
-            remove(path)
