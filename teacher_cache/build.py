@@ -77,7 +77,7 @@ def _build_missing(job: BuildJob) -> None:
         placement = ReplicaPlacement(ray, job.config)
         missing = job.missing_shards()
         checked = list(job.spot_checked(missing))
-        references = compute_references(checked, config=job.config, placement=placement, ray=ray, stop=stop, job=job)
+        references = compute_references(checked, placement=placement, ray=ray, stop=stop, job=job)
         build_shards(
             job,
             missing,

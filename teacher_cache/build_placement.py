@@ -37,13 +37,13 @@ def replica_resources(build: BuildConfig, *, available: Mapping[str, float], gpu
         if wanted * build.num_replicas > available.get(kind, 0):
             raise ConfigError(
                 f"{build.num_replicas} replica(s) with {wanted:g} {kind}(s) each do not fit the Ray cluster, which "
-                f"has {available.get(kind, 0):g} {kind}(s); lower `build.num_replicas` or add nodes"
+                f"has {available.get(kind, 0):g} {kind}(s); lower `cache.build.num_replicas` or add nodes"
             )
     if gpus > gpus_per_node:
         raise ConfigError(
             f"a replica takes {gpus:g} GPU(s), but no node has more than {gpus_per_node:g}, and replicas do not span "
-            "nodes: lower `build.tensor_parallel_size` x `build.pipeline_parallel_size`, or use larger nodes or a "
-            "smaller teacher"
+            "nodes: lower `cache.build.tensor_parallel_size` x `cache.build.pipeline_parallel_size`, or use larger "
+            "nodes or a smaller teacher"
         )
     return ReplicaResources(cpus=build.cpus_per_replica, gpus=gpus)
 

@@ -91,7 +91,7 @@ def compare_with_reference(found: TeacherTargets, reference: ReferenceRows, *, t
         raise TeacherError(
             f"{where}: its hidden states differ from those of plain transformers by {distance:.3g} (relative L2), "
             f"expected at most {tolerance:g}; compare the versions of the engine and of transformers, the dtype and "
-            "the image processing, or raise `build.spot_check_tolerance` if the difference is understood"
+            "the image processing, or raise `cache.build.spot_check_tolerance` if the difference is understood"
         )
     assert found.target_logprobs is not None
     difference = float((found.target_logprobs - reference.target_logprobs).abs().max())

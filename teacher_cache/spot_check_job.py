@@ -2,17 +2,18 @@
 
 import logging
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
 
+from teacher_cache.actor_pool import ActorPool, PieceQueue
 from teacher_cache.build_job import BuildJob, StopRequest
 from teacher_cache.build_placement import ReplicaPlacement
-from teacher_cache.chat import encode_conversation, load_processor
+from teacher_cache.chat import Processor, encode_conversation, load_processor
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import SampleError, TeacherError
-from teacher_cache.progress import progress
+from teacher_cache.progress import PieceProgress, progress
 from teacher_cache.schema import Sample
 from teacher_cache.spot_check import ReferenceRows
 from teacher_cache.teacher import TransformersTeacher, compute_targets
@@ -20,15 +21,13 @@ from teacher_cache.teacher_checkpoint import checkpoint_directory
 
 logger = logging.getLogger(__name__)
 
-SAMPLES_PER_ACTOR: Final = 16
+SAMPLES_PER_BATCH: Final = 16
 """With fewer samples, another actor would spend more time on loading the teacher than it saves."""
-_POLL_S = 0.5
 
 
 def compute_references(
     samples: Sequence[Sample],
     *,
-    config: CacheConfig,
     placement: ReplicaPlacement,
     ray: ModuleType,
     stop: StopRequest,
@@ -39,80 +38,105 @@ def compute_references(
     The actors take the resources of the replicas, which start afterwards.
 
     Raises:
-        TeacherError: The reference does not start or gives no sign for ``start_timeout_s``.
+        TeacherError: The reference does not start, or failed on some samples ``max_attempts`` times.
         CacheIncomplete: A signal came.
     """
-    if not samples:
-        return {}
-    actors = min(config.build.num_replicas, -(-len(samples) // SAMPLES_PER_ACTOR))
-    gpus = math.ceil(placement.resources.gpus)  # a share of a GPU is one to the actor
-    started = [placement.start(_ReferenceActor, config, gpus) for _ in range(actors)]
-    waiting = {
-        actor.compute.options(num_returns="streaming").remote(list(samples[number::actors])): actor
-        for number, actor in enumerate(started)
-    }
-    found: dict[str, ReferenceRows] = {}
-    last_sign = time.monotonic()
+    build, model = job.config.build, job.config.teacher.model
+    batches = [samples[start : start + SAMPLES_PER_BATCH] for start in range(0, len(samples), SAMPLES_PER_BATCH)]
+    work = _ReferenceWork(job, placement=placement, stop=stop)
+    pool = ActorPool(work, PieceQueue(batches), build=build, placement=placement, ray=ray, log_dir=job.log_dir)
     try:
         with progress(total=len(samples), unit="sample", description="spot check reference") as bar:
-            while waiting:
-                stop.check(job)
-                ready, _ = ray.wait(list(waiting), timeout=_POLL_S, fetch_local=False)
-                for stream in ready:
-                    reference = _next_reference(ray, stream, config=config)
-                    if reference is _END:
-                        del waiting[stream]
-                    else:
-                        bar.update(1)
-                        if reference is not None:
-                            found[reference.sample_id] = reference
-                    last_sign = time.monotonic()
-                if time.monotonic() - last_sign > config.build.start_timeout_s:
-                    raise TeacherError(
-                        f"the reference of the spot check gave no sign for {config.build.start_timeout_s:g} s; see the "
-                        "logs of Ray, raise `build.start_timeout_s`, or set `build.spot_check_every` to 0"
-                    )
-    finally:
-        for actor in started:
-            placement.stop(actor)
-    return found
-
-
-_END: Final[Any] = object()
-
-
-def _next_reference(ray: ModuleType, stream: Any, *, config: CacheConfig) -> Any:
-    try:
-        return ray.get(next(stream))
-    except StopIteration:
-        return _END
-    except ray.exceptions.RayError as error:
-        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+            pool.run(bar)
+        for name, error in pool.failures.items():
+            raise TeacherError(f"{work.unit} {name} failed {build.max_attempts} times, the last time with: {error}") from error
+    except TeacherError as error:
         raise TeacherError(
-            f"the reference of the spot check, plain transformers, failed for the teacher {config.teacher.model}: "
-            f"{cause}; set `build.spot_check_every` to 0 to build without"
+            f"the reference of the spot check, plain transformers, failed for the teacher {model}: {error}; set "
+            "`cache.build.spot_check_every` to 0 to build without"
         ) from error
+    return work.found
 
 
-class _ReferenceActor:
+@dataclass(frozen=True, kw_only=True)
+class _ReferenceBatch:
+    """The references of a batch that could be computed."""
+
+    references: tuple[ReferenceRows, ...]
+    tokens: int
+
+
+class _ReferenceWork:
+    """Batches of samples, and the actors that compute their references."""
+
+    unit = "batch"
+
+    def __init__(self, job: BuildJob, *, placement: ReplicaPlacement, stop: StopRequest) -> None:
+        self._job = job
+        self._placement = placement
+        self._stop = stop
+        self.found: dict[str, ReferenceRows] = {}
+
+    def start_actor(self) -> Any:
+        """Return a new actor; a share of a GPU is one to it."""
+        return self._placement.start(_Actor, self._job.config, math.ceil(self._placement.resources.gpus))
+
+    def begin(self, actor: Any, piece: Sequence[Sample]) -> Any:
+        """Have an actor compute a batch."""
+        return actor.compute.options(num_returns="streaming").remote(list(piece))
+
+    def num_samples(self, piece: Sequence[Sample]) -> int:
+        """Return the samples of a batch."""
+        return len(piece)
+
+    def name(self, piece: Sequence[Sample]) -> str:
+        """Return the first sample's id."""
+        return f"of sample {piece[0].sample_id}"
+
+    def finish(self, piece: Sequence[Sample], result: _ReferenceBatch) -> None:
+        """Keep the references."""
+        self.found |= {reference.sample_id: reference for reference in result.references}
+
+    def give_up(self, piece: Sequence[Sample]) -> None:
+        """Do nothing: nobody else computes the batches."""
+
+    def figures(self) -> dict[str, int]:
+        """Return nothing."""
+        return {}
+
+    def check_stop(self, *, num_missing: int) -> None:
+        """Raise CacheIncomplete after a signal."""
+        self._stop.check(self._job)
+
+
+class _Actor:
     """Loads the teacher with transformers, onto the GPUs of a replica, or a CPU."""
 
     def __init__(self, config: CacheConfig, num_gpus: int) -> None:
         self.config, self.num_gpus = config, num_gpus
+        self.loaded: tuple[Processor, TransformersTeacher] | None = None
 
-    def compute(self, samples: list[Sample]) -> Any:
-        """Yield the reference of each sample, None for one that cannot be computed."""
-        config = self.config
-        processor = load_processor(
-            str(checkpoint_directory(config.teacher)), trust_remote_code=config.teacher.trust_remote_code
-        )
-        teacher = TransformersTeacher(config.teacher, num_gpus=self.num_gpus)
-        for sample in samples:
+    def ready(self) -> None:
+        """Return when Ray has placed the actor."""
+
+    def compute(self, samples: list[Sample]) -> Iterator[PieceProgress | _ReferenceBatch]:
+        """Compute one batch; leave out samples that cannot be computed."""
+        self.loaded = self.loaded or self._load()
+        processor, teacher = self.loaded
+        config, found, tokens = self.config, [], 0
+        for done, sample in enumerate(samples):
+            yield PieceProgress(samples=done, tokens=tokens)
             try:
                 conversation = encode_conversation(processor, sample, max_length=config.data.max_length)
                 (targets,) = compute_targets(teacher, [conversation], topk=config.targets.topk, question_rows=[False])
             except (SampleError, ArithmeticError, LookupError, TypeError, ValueError) as error:
                 logger.warning("no reference for sample %s: %s", sample.sample_id, error)
-                yield None
             else:
-                yield ReferenceRows.of(targets)
+                found.append(ReferenceRows.of(targets))
+                tokens += len(targets.token_ids)
+        yield _ReferenceBatch(references=tuple(found), tokens=tokens)
+
+    def _load(self) -> tuple[Processor, TransformersTeacher]:
+        config = self.config.teacher
+        processor = load_processor(str(checkpoint_directory(config)), trust_remote_code=config.trust_remote_code)
+        return processor, TransformersTeacher(config, num_gpus=self.num_gpus)

@@ -50,7 +50,7 @@ def checkpoint_directory(config: TeacherConfig) -> Path:
     if not path.is_dir():
         path = _download(config)
     if not (path / "config.json").is_file():
-        raise ConfigError(f"no config.json in {path}: `teacher.model` must be a Hugging Face model directory")
+        raise ConfigError(f"no config.json in {path}: `cache.teacher.model` must be a Hugging Face model directory")
     refuse_own_code(path, trusted=config.trust_remote_code)
     return path
 

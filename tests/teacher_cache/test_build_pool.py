@@ -1,8 +1,10 @@
 """The pool of a build with actors that misbehave, under a real Ray, and the spot check of a shard."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ from teacher_cache.sample_file import SampleFile, scan_samples
 from teacher_cache.samples import read_samples
 from teacher_cache.shard_worker import ShardReport, ShardWorker
 from teacher_cache.spot_check import ReferenceRows, is_spot_checked
+from teacher_cache.spot_check_job import SAMPLES_PER_BATCH, compute_references
 from teacher_cache.teacher import TransformersTeacher, compute_targets
 from teacher_cache.verify import verify_cache
 from tests.teacher_cache.conversations import encode_digits
@@ -51,35 +54,49 @@ class StuckActor:
         time.sleep(600)
 
 
-class Placement(ReplicaPlacement):
-    """Starts stuck actors at first, then the real ones."""
+class DyingActor:
+    """Gives a sign, then its process ends."""
 
-    def __init__(self, ray: Any, config: CacheConfig, *, stuck: list[int]) -> None:
+    def ready(self) -> None:
+        pass
+
+    def compute(self, *_: Any) -> Iterator[PieceProgress]:
+        yield PieceProgress(samples=0, tokens=0)
+        time.sleep(2)  # until the sign has been read
+        os._exit(1)
+
+
+class Placement(ReplicaPlacement):
+    """Starts actors that misbehave at first, then the real ones."""
+
+    def __init__(self, ray: Any, config: CacheConfig, *, first: list[tuple[Any, ...]]) -> None:
         super().__init__(ray, config)
-        self.stuck = stuck
+        self.first = first
         self.started = 0
 
     def start(self, actor_class: type, *arguments: Any) -> Any:
         self.started += 1
-        if self.stuck:
-            return super().start(StuckActor, self.stuck.pop(0))
-        return super().start(actor_class, *arguments)
+        return super().start(*(self.first.pop(0) if self.first else (actor_class, *arguments)))
 
 
-def run_pool(config: CacheConfig, *, stuck: list[int], log_dir: Path) -> tuple[BuildJob, Placement]:
-    ray = import_ray()
+@contextmanager
+def build_job(config: CacheConfig, *, log_dir: Path) -> Iterator[BuildJob]:
     table = scan_samples(config.data)
-    writer = open_builder(config, table)
-    placement = Placement(ray, config, stuck=stuck)
-    with SampleFile(config.data) as file, Claims(writer.store, lease_s=60) as claims:
-        job = BuildJob(
+    with SampleFile(config.data) as file:
+        yield BuildJob(
             config=config,
-            writer=writer,
+            writer=open_builder(config, table),
             samples={sample.sample_id: sample for sample in table.samples},
             file=file,
             skipped=[],
             log_dir=log_dir,
         )
+
+
+def run_pool(config: CacheConfig, *, stuck: list[int], log_dir: Path) -> tuple[BuildJob, Placement]:
+    ray = import_ray()
+    placement = Placement(ray, config, first=[(StuckActor, signs) for signs in stuck])
+    with build_job(config, log_dir=log_dir) as job, Claims(job.writer.store, lease_s=60) as claims:
         build_shards(
             job,
             job.missing_shards(),
@@ -154,6 +171,41 @@ def test_a_replica_that_never_starts_is_named(
         run_pool(config, stuck=[0, 0], log_dir=tmp_path)
 
 
+@pytest.mark.slow
+def test_references_are_computed_though_an_actor_is_lost(
+    local_ray: None, tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path / "cache", model=tiny_qwen2_vl, data=digit_samples)
+    placement = Placement(import_ray(), config, first=[(DyingActor,)])
+    with build_job(config, log_dir=tmp_path) as job:
+        samples = read_samples(config.data).samples
+        found = compute_references(samples, placement=placement, ray=import_ray(), stop=StopRequest(), job=job)
+    assert len(samples) > SAMPLES_PER_BATCH
+    assert found.keys() == job.samples.keys()
+    assert placement.started == 2
+    (expected,) = compute_targets(
+        TransformersTeacher(config.teacher, num_gpus=0),
+        encode_digits(tiny_qwen2_vl, digit_samples, count=1),
+        topk=8,
+        question_rows=[False],
+    )
+    reference = found[expected.sample_id]
+    torch.testing.assert_close(reference.rows, ReferenceRows.of(expected).rows, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reference_that_fails_names_the_option_to_build_without(
+    local_ray: None, tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path / "cache", model=tiny_qwen2_vl, data=digit_samples, max_attempts=1)
+    placement = Placement(import_ray(), config, first=[(DyingActor,)])
+    with build_job(config, log_dir=tmp_path) as job:
+        samples = read_samples(config.data).samples[:2]
+        with pytest.raises(
+            TeacherError, match=r"(?s)batch of sample .* failed 1 times.*`cache.build.spot_check_every` to 0"
+        ):
+            compute_references(samples, placement=placement, ray=import_ray(), stop=StopRequest(), job=job)
+
+
 def test_a_sample_that_differs_from_the_reference_stops_its_shard(
     tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path
 ) -> None:
@@ -218,7 +270,7 @@ def test_replicas_that_fit_neither_the_cluster_nor_a_node_are_refused() -> None:
     build = BuildConfig(num_replicas=2, tensor_parallel_size=8, pipeline_parallel_size=2)
     assert replica_resources(build, available={"CPU": 64, "GPU": 32}, gpus_per_node=16).gpus == 16
     with pytest.raises(
-        ConfigError, match=r"a replica takes 16 GPU\(s\), but no node has more than 8.*lower `build\.ten"
+        ConfigError, match=r"a replica takes 16 GPU\(s\), but no node has more than 8.*lower `cache\.build\.ten"
     ):
         replica_resources(build, available={"CPU": 64, "GPU": 32}, gpus_per_node=8)
     with pytest.raises(ConfigError, match=r"2 replica\(s\) with 16 GPU\(s\) each do not fit .* has 24 GPU"):
