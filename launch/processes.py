@@ -68,14 +68,18 @@ def run_process(command: Sequence[str], *, environment: Mapping[str, str]) -> in
         SystemExit: With 128 + n: signal n reached this process meanwhile; it was passed on.
     """
     received: list[int] = []
-    process = subprocess.Popen(command, env=dict(environment))
+    process: subprocess.Popen[bytes] | None = None
 
     def forward(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
-        process.send_signal(signum)
+        if process is not None:
+            process.send_signal(signum)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        process = subprocess.Popen(command, env=dict(environment))
+        if received:  # before there was a process to pass it to
+            process.send_signal(received[0])
         code = process.wait()
     finally:
         for number, handler in previous.items():

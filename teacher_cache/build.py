@@ -32,6 +32,7 @@ from teacher_cache.storage import log_folder
 logger = logging.getLogger(__name__)
 
 _ALLOWANCE: Final = "`cache.build.insecure_ray`"
+_RAY_STARTS: Final = 3
 
 
 def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSummary:
@@ -105,6 +106,20 @@ def import_ray() -> ModuleType:
     return ray
 
 
+def start_ray(ray: ModuleType, **options: Any) -> None:
+    """Connect to a cluster or start one, again where a busy machine brings Ray's processes up too late for it."""
+    for attempt in range(1, _RAY_STARTS + 1):
+        try:
+            ray.init(**options, logging_level=logging.WARNING)
+        except Exception as error:  # Ray's own class for it is Exception
+            if "timed out during startup" not in str(error) or attempt == _RAY_STARTS:
+                raise
+            logger.warning("start %d of %d of Ray failed: %s", attempt, _RAY_STARTS, error)
+            ray.shutdown()
+        else:
+            return
+
+
 @contextmanager
 def ray_session(*, num_cpus: float, insecure: bool, log_to_driver: bool = False) -> Iterator[ModuleType]:
     """Use the Ray that this process is connected to, the cluster at RAY_ADDRESS, or a local one of our own.
@@ -128,7 +143,7 @@ def ray_session(*, num_cpus: float, insecure: bool, log_to_driver: bool = False)
     # Ray that was imported before and told no mode chooses when it starts a cluster: that one is looked at below
     if not insecure and (options["address"] != "local" or "RAY_AUTH_MODE" in os.environ):
         require_private(token_exposure(os.environ), allowance=_ALLOWANCE)
-    ray.init(**options, log_to_driver=log_to_driver, logging_level=logging.WARNING)
+    start_ray(ray, **options, log_to_driver=log_to_driver)
     try:
         _check_cluster(ray, insecure=insecure)
         yield ray

@@ -49,7 +49,9 @@ def compute_references(
         with progress(total=len(samples), unit="sample", description="spot check reference") as bar:
             pool.run(bar)
         for name, error in pool.failures.items():
-            raise TeacherError(f"{work.unit} {name} failed {build.max_attempts} times, the last time with: {error}") from error
+            raise TeacherError(
+                f"{work.unit} {name} failed {build.max_attempts} times, the last time with: {error}"
+            ) from error
     except TeacherError as error:
         raise TeacherError(
             f"the reference of the spot check, plain transformers, failed for the teacher {model}: {error}; set "

@@ -12,18 +12,23 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_gcs_server_port_wait_time_s": "120",
+    "OMP_NUM_THREADS": "1",
 }
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
 from launch.demo.digits import generate_digit_vqa
 from launch.demo.models import ModelSpec, create_model_directory
+
+settings.register_profile("genrecal", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("genrecal")
 
 DEMO = ("tests/launch/test_demo.py", "tests/launch/test_provenance.py", "tests/launch/test_readme.py")
 """The files whose tests look at the one run of the demo."""

@@ -204,12 +204,21 @@ def own_workers() -> set[int]:
     return {pid for pid in pids if is_worker(pid) and parent_of(parent_of(pid)) == os.getpid()}
 
 
+def both_workers() -> set[int]:
+    """Wait until both of two workers are there: the second may not have its name yet when the first has answered."""
+    end = time.monotonic() + 60
+    while len(found := own_workers()) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return found
+
+
 @pytest.mark.parametrize("how", ["left", "error"])
 def test_an_early_end_leaves_no_worker(cache: CacheConfig, student: Path, how: str) -> None:
     data = join(cache, student)
     with contextlib.suppress(ZeroDivisionError), batches_of(data, workers=2) as parts:
         next(parts)
-        assert len(own_workers()) == 2
+        assert len(both_workers()) == 2
         if how == "error":
             raise ZeroDivisionError
     assert not own_workers()
@@ -220,7 +229,7 @@ def test_workers_leave_signals_to_the_process_that_trains(cache: CacheConfig, st
     with batches_of(data, workers=0) as parts:
         expected = [digest(part) for part in parts]
     with batches_of(data, workers=2) as parts:
-        got = [digest(next(parts))]
+        got = [digest(next(parts)), digest(next(parts))]  # one of each worker
         for pid in own_workers():
             os.kill(pid, signal.SIGINT)
             os.kill(pid, signal.SIGTERM)
@@ -247,7 +256,7 @@ def hold_workers(cache: str, student: str) -> None:
     """Take one part, name the workers on standard output, and wait to be killed."""
     with batches_of(join(CacheConfig.model_validate_json(cache), Path(student)), workers=2) as parts:
         next(parts)
-        print(json.dumps([*own_workers()]), flush=True)
+        print(json.dumps([*both_workers()]), flush=True)
         time.sleep(600)
 
 

@@ -12,6 +12,7 @@ import torch
 from distill import rendezvous
 from distill.rendezvous import join_process_group, wait_for_all
 from teacher_cache.errors import ConfigError
+from tests.ports import free_port
 
 
 @contextmanager
@@ -47,11 +48,6 @@ def join(*, rank: int, port: int, world_size: int = 2, arrival_timeout_s: float 
         timeout=timedelta(seconds=10),
         arrival_timeout_s=arrival_timeout_s,
     )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @pytest.mark.parametrize("answer", [None, b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "http"])

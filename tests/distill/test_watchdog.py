@@ -90,8 +90,11 @@ def test_a_step_that_hangs_ends_the_run_and_the_next_one_goes_on(
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_the_survivor_of_a_pair_does_not_wait_for_ever(number: int, tmp_path: Path) -> None:
     # one that is killed must be noticed without the limit, which a busy machine might reach before
-    limit_s = LIMIT_S if number == signal.SIGSTOP else 10 * GRACE_S
-    children = [_fork_rank(rank, place=tmp_path / "store", number=number, limit_s=limit_s) for rank in (0, 1)]
+    limits_s = (LIMIT_S if number == signal.SIGSTOP else 10 * GRACE_S, 10 * GRACE_S)
+    children = [
+        _fork_rank(rank, place=tmp_path / "store", number=number, limit_s=limit_s)
+        for rank, limit_s in enumerate(limits_s)
+    ]
     began = time.monotonic()
     status = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
     seconds = time.monotonic() - began

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.ports import free_port
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
 
 CONFIGURATION = """\
@@ -65,8 +67,9 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(1024))
+    ports = [free_port() for _ in range(3)]
     (folder / "slurm.conf").write_text(
-        CONFIGURATION.format(folder=folder, host=socket.gethostname(), user=getpass.getuser(), ports=_free_ports(3))
+        CONFIGURATION.format(folder=folder, host=socket.gethostname(), user=getpass.getuser(), ports=ports)
     )
     daemons: list[subprocess.Popen[bytes]] = []
 
@@ -91,14 +94,6 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
             daemon.send_signal(signal.SIGTERM)
         for daemon in daemons:
             daemon.wait(timeout=120)
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def _idle_nodes(environment: dict[str, str]) -> int:

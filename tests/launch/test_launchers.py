@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +13,10 @@ import yaml
 
 from tests.distill.small_cache import build_small_cache, write_data
 from tests.launch.small_run import write_small_run
+from tests.ports import free_port
 
 KILLED = """
-import os, signal, sys, threading, time
+import contextlib, os, signal, sys, threading, time
 from pathlib import Path
 
 import psutil
@@ -24,6 +24,7 @@ import ray
 
 from launch.ray_train import train_with_ray
 from launch.run_config import load_run_config
+from teacher_cache.build import start_ray
 
 config = load_run_config(sys.argv[1], [])
 checkpoints = Path(config.output_dir) / "training" / "small" / "align" / "checkpoints"
@@ -31,12 +32,16 @@ checkpoints = Path(config.output_dir) / "training" / "small" / "align" / "checkp
 def kill_a_worker():
     while not list(checkpoints.glob("*/COMMIT.json")):
         time.sleep(0.01)
-    workers = [one for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(one.cmdline())]
+    workers = []
+    for one in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "RayTrainWorker" in " ".join(one.cmdline()):
+                workers.append(one)
     workers[0].send_signal(signal.SIGKILL)
     print("killed one of", len(workers), flush=True)
 
 threading.Thread(target=kill_a_worker, daemon=True).start()
-ray.init(address="local", num_cpus=3, include_dashboard=False)
+start_ray(ray, address="local", num_cpus=3, include_dashboard=False)
 train_with_ray(config)
 ray.shutdown()
 """
@@ -97,8 +102,7 @@ def expected(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
 def test_a_launcher_trains_the_same_student(
     command: tuple[str, ...], values: dict[str, Any], expected: list[tuple[str, int, float]], tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     launcher = str(Path(sys.executable).parent / command[0])
     options = [option.format(port=port) for option in command[1:]]
     train(values, tmp_path / "run", launcher, *options, "launch.cli", "train")

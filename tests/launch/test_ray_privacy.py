@@ -29,7 +29,8 @@ from tests.launch.small_run import write_small_run
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
 OPEN_CLUSTER = """
 import ray, sys
-ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+from teacher_cache.build import start_ray
+start_ray(ray, address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """

@@ -1,5 +1,6 @@
 """A run from `genrecal submit slurm` to the exported student, on a real Slurm of two nodes on this machine."""
 
+import getpass
 import json
 import os
 import signal
@@ -177,7 +178,9 @@ def test_a_refused_job_is_not_queued_again(stand_in: Callable[[str], subprocess.
 def test_a_killed_task_queues_the_job_again_once(
     stand_in: Callable[[str], subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    job = stand_in(FIRST + '[ -z "$SLURM_RESTART_COUNT" ] && [ "$SLURM_PROCID" = 1 ] && kill -9 $$\nsleep 20')
+    first_run_of_one = '[ -z "$SLURM_RESTART_COUNT" ] && [ "$SLURM_PROCID" = 1 ]'
+    other_has_started = "until [ -s starts ]; do sleep 0.1; done"
+    job = stand_in(f"{FIRST}if {first_run_of_one}; then\n{other_has_started}\nkill -9 $$\nfi\nsleep 20")
     job.communicate(timeout=300)
     assert job.returncode == 0
     assert starts(tmp_path) == 2, "what stopped the first run has met the second"
@@ -188,7 +191,10 @@ def test_a_job_that_is_told_of_its_end_saves_and_is_queued_again(
     stand_in: Callable[[str], subprocess.Popen[str]], slurm: dict[str, str], tmp_path: Path
 ) -> None:
     job = stand_in(
-        "trap 'touch saved$SLURM_PROCID; exit 143' TERM\n" + FIRST + READY + '[ -n "$SLURM_RESTART_COUNT" ] && exit 0\n'
+        "trap 'touch saved$SLURM_PROCID; until [ -e saved0 ] && [ -e saved1 ]; do sleep 0.1; done; exit 143' TERM\n"
+        + FIRST
+        + READY
+        + '[ -n "$SLURM_RESTART_COUNT" ] && exit 0\n'
         "for _ in {1..600}; do sleep 0.1; done"
     )
     wait_for(lambda: both_ready(tmp_path), what="start", logs=tmp_path)
@@ -236,7 +242,7 @@ def test_a_cancelled_job_is_not_queued_again(
 ) -> None:
     job = stand_in("trap 'exit 143' TERM\n" + FIRST + READY + "for _ in {1..600}; do sleep 0.1; done")
     wait_for(lambda: both_ready(tmp_path), what="start", logs=tmp_path)
-    subprocess.run(["scancel", "--state=RUNNING", f"--user={os.environ.get('USER', 'root')}"], env=slurm, check=True)
+    subprocess.run(["scancel", "--state=RUNNING", f"--user={getpass.getuser()}"], env=slurm, check=True)
     number, _ = job.communicate(timeout=300)
     # not by the exit code, which sbatch gives as 0 now and then
     command = ["scontrol", "show", "job", number.strip()]

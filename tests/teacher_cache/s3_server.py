@@ -15,6 +15,8 @@ from typing import Literal
 
 import pytest
 
+from tests.ports import free_port
+
 Fault = Literal["503", "500", "429", "409", "reset", "truncate", "lost-answer", "stall"]
 BUCKET = "bucket"
 STALL_S = 3.0
@@ -42,7 +44,7 @@ class S3:
 @contextlib.contextmanager
 def start_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """Start the server and point the environment at it."""
-    behind = _free_port()
+    behind = free_port()
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(behind)]
     moto = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     s3 = S3(port=0)
@@ -50,8 +52,8 @@ def start_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     s3.port = proxy.server_port
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     try:
-        _create_bucket(behind)
         thread.start()
+        _create_bucket(behind)
         for name, value in {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3.port}",
             "AWS_ALLOW_HTTP": "true",
@@ -144,9 +146,3 @@ def _create_bucket(port: int) -> None:
         finally:
             connection.close()
     raise RuntimeError("the S3 server does not start")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

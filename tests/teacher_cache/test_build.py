@@ -1,7 +1,6 @@
 """The Ray job that fills a cache: who built it, what survives a kill, what is skipped, what is refused."""
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -10,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from teacher_cache import open_cache
-from teacher_cache.build import build_cache, import_ray
+from teacher_cache.build import build_cache, import_ray, start_ray
 from teacher_cache.build_job import METRICS_FILE
 from teacher_cache.build_plan import keeps_question_rows, open_builder, plan_shards
 from teacher_cache.config import BuildConfig, CacheConfig, DataConfig, TargetsConfig, TeacherConfig
@@ -59,7 +59,7 @@ def with_data(config: CacheConfig, **changes: Any) -> CacheConfig:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     ray = import_ray()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    start_ray(ray, address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -78,7 +78,8 @@ def wait_for_commits(uri: Path, *, count: int, timeout_s: float = 600) -> None:
 def kill_first_worker(uri: Path, killed: list[int]) -> None:
     wait_for_commits(uri, count=1)
     killed.append(int(commit_records(uri)[0]["provenance"]["pid"]))
-    os.kill(killed[0], signal.SIGKILL)
+    with suppress(ProcessLookupError):  # the build may be over
+        os.kill(killed[0], signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,10 @@ def vllm_cache(
     killer.join()
     assert summary.engine == "vllm"
     assert (summary.shards, summary.shards_built, summary.samples, summary.skipped) == (14, 14, 28, ())
-    assert not os.path.exists(f"/proc/{killed[0]}")
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{killed[0]}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     return uri
 
 

@@ -139,9 +139,8 @@ def read_only(root: Path) -> Iterator[Callable[[], None]]:
     except (OSError, subprocess.CalledProcessError):
         for path in [root, *root.rglob("*")]:
             path.chmod(0o555 if path.is_dir() else 0o444)
-        for parent in root.parents[:2]:
-            parent.chmod(0o755)
-        yield lambda: os.setuid(NOBODY)
+        root.parent.chmod(0o755)
+        yield (lambda: os.setuid(NOBODY)) if os.getuid() == 0 else (lambda: None)
         return
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", root], check=True, capture_output=True)
