@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from launch.report.embedding import Features
 from launch.study.results import Row
-from launch.study.statistics import estimate
+from launch.study.statistics import accuracy, estimate
 from launch.study.tables import TEACHER, by_arm
 
 STYLE: Any = {
@@ -26,6 +26,10 @@ STYLE: Any = {
     "grid.color": "#dddddd",
     "legend.frameon": False,
 }
+INTERVAL_ROOM = 0.05
+"""Accuracy beside the outermost means; the interval of two seeds may be wider than all else in a panel."""
+LABEL_GAP = 0.042
+"""Least distance of two labels, as a part of the height of a panel."""
 MARKERS = {"z_s": "o", "r_s": "o", "z_l": "x", "r_l": "^"}
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Steps and values by arm."""
@@ -49,19 +53,22 @@ def accuracy_figure(rows: Sequence[Row], path: Path) -> None:
     def paint(figure: Figure) -> None:
         axes = figure.subplots(1, len(students), squeeze=False, sharey=True)[0]
         for axis, student in zip(axes, students, strict=True):
+            means = []
             for teacher, color in _teacher_colors(rows).items():
                 own = by_arm(row for row in rows if row.student == student and row.teacher == teacher)
                 for arm, found in own.items():
                     one = estimate([row.accuracy for row in found])
                     margin = 0 if np.isnan(one.margin) else one.margin
                     place = arms.index(arm)
+                    means.append(one.mean)
                     axis.errorbar(
                         one.mean, place, xerr=margin, fmt="o", ms=4, color=color, label=teacher or "no teacher"
                     )
             axis.set_title(student)
-            axis.set_xlabel("accuracy, 95 % interval over seeds")
+            axis.set_xlim(min(means) - INTERVAL_ROOM, max(means) + INTERVAL_ROOM)
             axis.set_yticks(range(len(arms)), arms)
             axis.set_ylim(len(arms) - 0.5, -0.5)
+        figure.supxlabel("accuracy, 95 % interval over seeds", fontsize=9)
         _legend(figure, axes)
 
     draw(path, paint, height=1.6 + 0.24 * len(arms))
@@ -74,18 +81,50 @@ def cost_figure(rows: Sequence[Row], path: Path, *, cost: Callable[[Row], float]
     def paint(figure: Figure) -> None:
         axes = figure.subplots(1, len(students), squeeze=False)[0]
         for axis, student in zip(axes, students, strict=True):
+            points = []
             for teacher, color in _teacher_colors(rows).items():
                 own = by_arm(row for row in rows if row.student == student and row.teacher == teacher)
                 for arm, found in own.items():
-                    x, y = (float(np.mean([value(row) for row in found])) for value in (cost, _accuracy))
+                    x, y = (float(np.mean([value(row) for row in found])) for value in (cost, accuracy))
                     axis.plot(x, y, "o", ms=4, color=color, label=teacher or "no teacher")
-                    axis.annotate(arm, (x, y), (4, 2), textcoords="offset points", fontsize=6)
+                    points.append((y, x, arm, color))
+            _name_points(axis, sorted(points))
             axis.set_title(student)
             axis.set_xlabel(label)
             axis.set_ylabel("accuracy")
         _legend(figure, axes)
 
-    draw(path, paint, width=4.5 * len(students), height=4.0)
+    draw(path, paint, width=4.5 * len(students), height=4.6)
+
+
+def _name_points(axis: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write the names of points (y, x, name, color), sorted by y, beside the panel, a line from each to its point."""
+    low, high = axis.get_ylim()
+    heights = ((y - low) / (high - low) for y, *_ in points)
+    for place, (y, x, name, color) in zip(spread(heights, gap=LABEL_GAP), points, strict=True):
+        axis.annotate(
+            name,
+            (x, y),
+            (1.04, place),
+            textcoords="axes fraction",
+            fontsize=6,
+            va="center",
+            color=color,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": color, "relpos": (0, 0.5), "shrinkB": 2},
+        )
+
+
+def spread(heights: Iterable[float], *, gap: float) -> list[float]:
+    """Return ascending heights between 0 and 1, moved as little as keeps neighbours ``gap`` apart, if there is room."""
+    places: list[float] = []
+    for height in heights:
+        places.append(height if not places else max(height, places[-1] + gap))
+    ceiling = 1.0
+    for index in reversed(range(len(places))):
+        places[index] = min(places[index], ceiling)
+        ceiling = places[index] - gap
+    return places
 
 
 def gap_figure(curves: Mapping[str, Mapping[str, Curves]], path: Path) -> None:
@@ -163,10 +202,6 @@ def _teacher_colors(rows: Sequence[Row]) -> dict[str | None, str]:
     teachers = dict.fromkeys(row.teacher for row in rows if row.student is not None)
     named = [teacher for teacher in teachers if teacher is not None]
     return {None: "#666666", **{teacher: f"C{index}" for index, teacher in enumerate(named)}}
-
-
-def _accuracy(row: Row) -> float:
-    return row.accuracy
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:

@@ -24,10 +24,15 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the results say about a claim; the difference is None without results."""
+    """What the results say about a claim; differences are None without results."""
 
     claim: Claim
     difference: Estimate | None
+    """In accuracy, which the verdict is about."""
+    bits_difference: Estimate | None
+    """In bits per byte: where it is negative, the answers are told better."""
+    calibration_difference: Estimate | None
+    """In the expected calibration error."""
     num_pairs: int
     verdict: Verdict
 
@@ -50,8 +55,15 @@ def _margin(values: Sequence[float]) -> float:
     return float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
-def paired_difference(rows: Sequence[Row], others: Sequence[Row]) -> tuple[Estimate | None, int]:
-    """Return the difference in accuracy over seeds, and over how many pairs of student and teacher.
+def accuracy(row: Row) -> float:
+    """Return the accuracy of a run."""
+    return row.accuracy
+
+
+def paired_difference(
+    rows: Sequence[Row], others: Sequence[Row], *, measure: Callable[[Row], float] = accuracy
+) -> tuple[Estimate | None, int]:
+    """Return the difference in a measure over seeds, and over how many pairs of student and teacher.
 
     Runs are paired by student, seed and, where both have one, teacher; a run without seed or teacher goes with all.
     The pairs that every seed has are averaged within it, so that a seed counts once.
@@ -62,7 +74,7 @@ def paired_difference(rows: Sequence[Row], others: Sequence[Row]) -> tuple[Estim
         for other in partners:
             pair = (row.student, row.teacher or other.teacher)
             seed = row.seed if _is_seeded(row) else other.seed
-            differences.setdefault(seed or 0, {})[pair] = row.accuracy - other.accuracy
+            differences.setdefault(seed or 0, {})[pair] = measure(row) - measure(other)
     if not differences:
         return None, 0
     common = set.intersection(*(set(by_pair) for by_pair in differences.values()))
@@ -93,7 +105,14 @@ def answer(claim: Claim, rows: Sequence[Row]) -> Answer:
     if claim.better_teacher is not None or claim.worse_teacher is not None:
         better, worse = ([_without_teacher(row) for row in side] for side in (better, worse))
     difference, num_pairs = paired_difference(better, worse)
-    return Answer(claim=claim, difference=difference, num_pairs=num_pairs, verdict=verdict(claim, difference))
+    return Answer(
+        claim=claim,
+        difference=difference,
+        bits_difference=paired_difference(better, worse, measure=lambda row: row.bits_per_byte)[0],
+        calibration_difference=paired_difference(better, worse, measure=lambda row: row.calibration_error)[0],
+        num_pairs=num_pairs,
+        verdict=verdict(claim, difference),
+    )
 
 
 def verdict(claim: Claim, difference: Estimate | None) -> Verdict:

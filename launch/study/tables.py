@@ -16,7 +16,8 @@ def claim_table(config: StudyConfig, rows: Sequence[Row]) -> str:
     answers = [answer(claim, rows) for claim in config.claims]
     papers = [one for one in answers if one.claim.paper]
     own = [one for one in answers if not one.claim.paper]
-    head = ["claim", "paper", "arms", "difference in accuracy", "pairs", "seeds", "result"]
+    head = ["claim", "paper", "arms", "difference in accuracy", "in bits per byte", "in calibration error", "pairs",
+            "seeds", "result"]  # fmt: skip
     parts = [table(head, [_claim_line(one) for one in papers])]
     if own:
         parts += ["Questions that the paper does not ask:", table(head, [_claim_line(one) for one in own])]
@@ -35,6 +36,8 @@ def _claim_line(one: Answer) -> list[str]:
         claim.paper or NOTHING,
         relation.join(sides),
         _points(difference, signed=True),
+        _difference(one.bits_difference),
+        _difference(one.calibration_difference),
         str(one.num_pairs),
         NOTHING if difference is None else str(difference.num_seeds),
         one.verdict,
@@ -126,6 +129,12 @@ def _points(value: Estimate | None, *, signed: bool = False) -> str:
         return NOTHING
     mean = f"{100 * value.mean:+.1f}" if signed else f"{100 * value.mean:.1f}"
     return mean if math.isnan(value.margin) else f"{mean} ± {100 * value.margin:.1f}"
+
+
+def _difference(value: Estimate | None) -> str:
+    if value is None:
+        return NOTHING
+    return f"{value.mean:+.3f}" if math.isnan(value.margin) else f"{value.mean:+.3f} ± {value.margin:.3f}"
 
 
 def _percent(value: float) -> str:

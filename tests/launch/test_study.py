@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from launch.study.command import read_failures
 from launch.study.config import Claim, StudyConfig, load_study
-from launch.study.figures import cosine_matrix
+from launch.study.figures import cosine_matrix, spread
 from launch.study.grid import cell_digest, cell_folder, plan_cells
 from launch.study.pool import Pool, Task
 from launch.study.records import STUDENT, load_teacher, metrics
@@ -43,12 +46,21 @@ SMALL = EXAMPLES / "study-small.yaml"
 STUDY = [sys.executable, "-m", "launch.cli", "study"]
 
 
-def row(arm: str, accuracy: float, *, seed: int = 0, student: str = "a", teacher: str | None = "t") -> Row:
+def row(
+    arm: str,
+    accuracy: float,
+    *,
+    bits_per_byte: float = 1.0,
+    calibration_error: float = 0.1,
+    seed: int = 0,
+    student: str = "a",
+    teacher: str | None = "t",
+) -> Row:
     return Row(
         arm=arm,
         accuracy=accuracy,
-        bits_per_byte=1.0,
-        calibration_error=0.1,
+        bits_per_byte=bits_per_byte,
+        calibration_error=calibration_error,
         seed=seed,
         student=student,
         teacher=teacher,
@@ -159,12 +171,33 @@ def test_a_verdict_goes_by_the_interval(mean: float, margin: float, within: floa
     assert verdict(claim, Estimate(mean=mean, margin=margin, num_seeds=3)) == expected
 
 
+def test_an_answer_tells_other_measures_too() -> None:
+    ours = [row("x", 0.5, seed=s, bits_per_byte=0.1, calibration_error=0.2 - 0.01 * s) for s in (0, 1)]
+    theirs = [row("y", 0.5, seed=s, bits_per_byte=0.2 + 0.02 * s, calibration_error=0.3) for s in (0, 1)]
+    found = answer(Claim(text="x", better="x", worse="y"), [*ours, *theirs])
+    assert found.verdict == "not reproduced", "as accurate"
+    assert found.bits_difference is not None
+    assert found.bits_difference.mean == pytest.approx(-0.11)
+    assert found.calibration_difference is not None
+    assert found.calibration_difference.mean == pytest.approx(-0.105)
+    assert answer(Claim(text="x", better="x", worse="z"), ours).bits_difference is None
+
+
 def test_a_claim_may_compare_teachers() -> None:
     rows = [row("x", 0.5 + 0.1 * s, seed=s, teacher="weak") for s in range(3)]
     rows += [row("x", 0.62 + 0.1 * s + 0.001 * s, seed=s, teacher="strong") for s in range(3)]
     claim = Claim(text="x", better="x", worse="x", better_teacher="strong", worse_teacher="weak")
     assert answer(claim, rows).verdict == "reproduced"
     assert answer(Claim(text="x", better="x", worse="y"), rows).verdict == "no results"
+
+
+@given(st.lists(st.floats(0, 1), max_size=20).map(sorted))
+def test_names_are_written_apart_and_beside_the_panel(heights: list[float]) -> None:
+    places = spread(heights, gap=0.05)
+    assert len(places) == len(heights)
+    assert all(-1e-9 <= place <= 1 for place in places)
+    assert all(later - place >= 0.05 - 1e-9 for place, later in pairwise(places))
+    assert spread([0.1, 0.5, 0.9], gap=0.05) == [0.1, 0.5, 0.9]
 
 
 def test_intervals_need_two_seeds() -> None:

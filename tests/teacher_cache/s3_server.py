@@ -41,6 +41,11 @@ class S3:
         return sum("list-type" in path for _, path in self.requests)
 
 
+class _Proxy(ThreadingHTTPServer):
+    request_queue_size = 128
+    """With the default of 5, a busy machine drops connections, which then wait for their turn for seconds."""
+
+
 @contextlib.contextmanager
 def start_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """Start the server and point the environment at it."""
@@ -48,7 +53,7 @@ def start_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(behind)]
     moto = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     s3 = S3(port=0)
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(s3, behind))
+    proxy = _Proxy(("127.0.0.1", 0), _handler(s3, behind))
     s3.port = proxy.server_port
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     try:
@@ -73,6 +78,8 @@ def start_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 
 
 def _handler(s3: S3, behind: int) -> type[BaseHTTPRequestHandler]:
+    one_put = threading.Lock()  # moto looks whether a name is free, then writes: of two conditional puts both may win
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
@@ -89,7 +96,8 @@ def _handler(s3: S3, behind: int) -> type[BaseHTTPRequestHandler]:
                 return
             if fault == "stall":
                 time.sleep(STALL_S)
-            status, headers, answer = self._forward(body)
+            with one_put if self.command == "PUT" else contextlib.nullcontext():
+                status, headers, answer = self._forward(body)
             if fault == "lost-answer":
                 self._hang_up()
             elif fault == "truncate" and len(answer) > 1 and self.command == "GET":
