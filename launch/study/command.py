@@ -101,10 +101,12 @@ def make_inputs(config: StudyConfig, *, pool: Pool) -> None:
 
 def _run_cells(config: StudyConfig, *, pool: Pool) -> None:
     cells = plan_cells(config)
-    waiting = [cell for cell in cells if not _is_done(config, cell)]
+    waiting = []
     for cell in cells:
         if _is_done(config, cell):
             throw_away_weights(cell_folder(config, cell))
+        else:
+            waiting.append(cell)
     save_results(config)
     with progress(total=len(cells), initial=len(cells) - len(waiting), unit="run", description="study") as bar:
         # those that scale their steps to the FLOPs of others come after all others

@@ -27,6 +27,19 @@ def test_a_process_ended_by_a_signal_reports_it() -> None:
     assert run_process([sys.executable, "-c", code], environment=os.environ) == 128 + signal.SIGKILL
 
 
+def test_a_signal_that_comes_before_the_process_is_there_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def start_late(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start_late)
+    with pytest.raises(SystemExit) as caught:
+        run_process([sys.executable, "-c", "import time; time.sleep(600)"], environment=os.environ)
+    assert caught.value.code == 128 + signal.SIGTERM
+
+
 def test_sigterm_is_passed_on_and_reported(tmp_path: Path) -> None:
     ready, ended = tmp_path / "ready", tmp_path / "ended"
     code = (

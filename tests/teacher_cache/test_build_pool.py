@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from teacher_cache import open_cache, shard_worker
-from teacher_cache.build import import_ray
+from teacher_cache.build import import_ray, start_ray
 from teacher_cache.build_job import BuildJob, StopRequest
 from teacher_cache.build_metrics import BuildMetrics
 from teacher_cache.build_placement import ReplicaPlacement, replica_resources
@@ -256,6 +256,27 @@ def test_a_shard_with_more_bad_samples_than_allowed_is_not_committed(
     *_, report = worker.build("shard-000000", samples.samples[:2])
     assert isinstance(report, ShardReport)
     assert (report.samples, report.skipped) == (2, ())
+
+
+@pytest.mark.parametrize(
+    ("failures", "message"), [(2, "timed out during startup"), (3, "timed out during startup"), (1, "full")]
+)
+def test_ray_is_started_again_where_it_came_up_too_late(failures: int, message: str) -> None:
+    calls: list[str] = []
+
+    def init(**_: Any) -> None:
+        calls.append("init")
+        if calls.count("init") <= failures:
+            raise RuntimeError(message)
+
+    ray: Any = SimpleNamespace(init=init, shutdown=lambda: calls.append("shutdown"))
+    if (failures, message) == (2, "timed out during startup"):
+        start_ray(ray, address="local")
+        assert calls == ["init", "shutdown"] * 2 + ["init"]
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            start_ray(ray, address="local")
+        assert calls.count("init") == failures
 
 
 def test_one_in_so_many_is_checked_whatever_its_id() -> None:
