@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from build_bench.throughput import FULL, QUICK, measure
+import torch
+from build_bench.throughput import FULL, GPU, QUICK, measure
 from cache_bench.command import add_folder, make_parser, tell
 
 
@@ -20,7 +21,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="genrecal-benchmark-", dir=arguments.folder))
     try:
-        tell(measure(folder, QUICK if arguments.quick else FULL), arguments, folder=folder)
+        full = GPU if torch.cuda.is_available() else FULL
+        tell(measure(folder, QUICK if arguments.quick else full), arguments, folder=folder)
     finally:
         shutil.rmtree(folder)
     return 0

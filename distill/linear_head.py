@@ -39,8 +39,12 @@ class LinearHead:
     def fill(self, logits: Float[Tensor, "entries tokens"], rows: Float[Tensor, "tokens hidden"], vocab: slice) -> None:
         """Write the logits of a slice of the vocabulary."""
         matmul_into(logits, self.weight[vocab], rows.T)
-        if self.bias is not None:
-            logits += self.bias[vocab, None]
+        self.finish(logits, bias=None if self.bias is None else self.bias[vocab, None])
+
+    def finish(self, logits: Tensor, *, bias: Tensor | None) -> None:
+        """Turn products with the weight into logits, in their place; the bias broadcasts against them."""
+        if bias is not None:
+            logits += bias
         if self.logit_scale != 1:
             logits *= self.logit_scale
         if self.logit_softcap is not None:
@@ -63,8 +67,10 @@ def matmul_into(
 ) -> None:
     """Write ``left @ right`` to ``out``, or add it; on CUDA two bf16 factors stay on the tensor cores."""
     if left.is_cuda and left.dtype == right.dtype == torch.bfloat16 and out.dtype is torch.float32:
-        product = torch.mm(left, right, out_dtype=torch.float32)
-        out.add_(product) if add else out.copy_(product)
+        if add:
+            out.add_(torch.mm(left, right, out_dtype=torch.float32))
+        else:
+            torch.mm(left, right, out_dtype=torch.float32, out=out)
         return
     left, right = left.to(out.dtype), right.to(out.dtype)
     if add:

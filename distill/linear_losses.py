@@ -5,6 +5,7 @@ each token's gradient is linear in its own incoming weight. Where two terms come
 foreseen, or the head is trained too, the logits are computed again.
 """
 
+import importlib.util
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.linear_head import LinearHead, accumulation_dtype, matmul_into
-from distill.logit_blocks import ChunkSizes, Scratch, block_losses, rows_gradient
+from distill.logit_blocks import BlockLosses, ChunkSizes, Scratch, block_losses, rows_gradient
 from distill.teacher_terms import Targets, TermWeights
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +109,11 @@ def _run(
     scratch = Scratch()
     with _no_autocast(rows):
         for tokens in chunks.blocks(rows):
-            block = block_losses(
+            block = _block_losses(
                 rows[tokens],
-                head=head,
-                targets=targets.take(tokens),
-                weights=None if weights is None else weights.take(tokens),
+                head,
+                targets.take(tokens),
+                None if weights is None else weights.take(tokens),
                 chunk=chunks.vocab,
                 scratch=scratch,
             )
@@ -126,7 +129,7 @@ def _run(
                 gradient = block.gradient.to(rows.dtype) if rows.is_cuda else block.gradient
                 matmul_into(grad_weight, gradient, rows[tokens], add=True)
             if grad_bias is not None:
-                grad_bias += block.gradient.sum(1)
+                grad_bias += block.gradient.sum(1, dtype=grad_bias.dtype)
     return _Run(
         ce,
         divergence,
@@ -134,6 +137,25 @@ def _run(
         None if grad_weight is None else grad_weight.to(head.weight.dtype),
         None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype),
     )
+
+
+def _block_losses(
+    rows: Tensor, head: LinearHead, targets: Targets, weights: TermWeights | None, *, chunk: int, scratch: Scratch
+) -> BlockLosses:
+    if rows.is_cuda and _kernels_take(rows, head, targets):
+        from distill import gpu_blocks
+
+        return gpu_blocks.block_losses(rows, head=head, targets=targets, weights=weights)
+    return block_losses(rows, head=head, targets=targets, weights=weights, chunk=chunk, scratch=scratch)
+
+
+def _kernels_take(rows: Tensor, head: LinearHead, targets: Targets) -> bool:
+    """Tell whether Triton is there, and all factors are in one of the types that its kernels write."""
+    teacher_head = targets.teacher_head or head
+    factors = [rows, head.weight]
+    factors += [] if targets.teacher_rows is None else [targets.teacher_rows, teacher_head.weight]
+    same = {factor.dtype for factor in factors}
+    return HAS_TRITON and targets.topk_ids is None and same in ({torch.bfloat16}, {torch.float32})
 
 
 def _incoming(grad_ce: Tensor | None, grad_divergence: Tensor | None) -> TermWeights:

@@ -161,8 +161,12 @@ def rows_gradient(
 ) -> None:
     """Write ``gradient.T @ weight``, a slice of the vocabulary at a time.
 
-    On a GPU the gradient is first rounded to ``dtype``, that of the rows, for the tensor cores.
+    On a GPU the gradient is first rounded to ``dtype``, that of the rows, for the tensor cores; where it is already,
+    one product does it.
     """
+    if gradient.is_cuda and gradient.dtype is dtype:
+        matmul_into(out, gradient.T, head.weight)
+        return
     for vocab in slices(head.vocab_size, chunk):
         part = gradient[vocab].T
         matmul_into(out, part.to(dtype) if part.is_cuda else part, head.weight[vocab], add=vocab.start > 0)

@@ -88,10 +88,14 @@ class OnlineSoftmax:
 
     def normalizer(self) -> Normalizer:
         """Return the normalizer of all slices."""
-        peaks, masses = self._sums
-        peak = peaks.amax(0)
-        mass = (masses.double() * (peaks - peak).double().exp()).sum(0)
-        return Normalizer(peak, mass.to(peak.dtype).clamp_(min=torch.finfo(peak.dtype).tiny).log_())
+        return join_normalizers(*self._sums)
+
+
+def join_normalizers(peaks: Float[Tensor, "slices tokens"], masses: Float[Tensor, "slices tokens"]) -> Normalizer:
+    """Return the normalizer of all slices from each one's peak and its mass beside it; the sum is rounded once."""
+    peak = peaks.amax(0)
+    mass = (masses.double() * (peaks - peak).double().exp()).sum(0)
+    return Normalizer(peak, mass.to(peak.dtype).clamp_(min=torch.finfo(peak.dtype).tiny).log_())
 
 
 class Projection(NamedTuple):

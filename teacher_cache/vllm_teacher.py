@@ -39,7 +39,10 @@ def engine_environment(*, model: str, on_cuda: bool, log_file: Path | None = Non
     if log_file is not None:
         variables["VLLM_LOGGING_LEVEL"] = "INFO"
         variables["VLLM_LOGGING_CONFIG_PATH"] = str(_logging_config_path(log_file))
-    if not on_cuda:
+    if on_cuda:
+        # asking torch for a GPU, as `is_available` does, already spoils CUDA for a forked child
+        variables["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    else:
         variables |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -54,6 +54,7 @@ def test_gpu_parts_on_a_cpu(tmp_path: Path) -> None:
         "recalibrator check",
         "zero-3 check",
         "shards check",
+        "job check",
     }
     assert all(one["met"] for one in checks), checks
-    assert {one["section"] for one in document["figures"]} >= {"speed", "recalibrator", "zero-3", "shards"}
+    assert {one["section"] for one in document["figures"]} >= {"speed", "recalibrator", "zero-3", "shards", "job"}

@@ -39,6 +39,7 @@ class Settings:
     """Of a question and of an answer."""
     pairs: int
     max_batched_tokens: int
+    dtype: str = "float32"
 
 
 _TEACHER = ModelSpec(family="qwen2-vl", tokenizer="byte-bpe", vocab_size=1024, initializer_range=0.02)
@@ -49,6 +50,23 @@ FULL = Settings(
     pairs=7,
     max_batched_tokens=512,  # their activations fit the processor's cache
 )
+GPU = Settings(
+    teacher=replace(
+        _TEACHER,
+        vocab_size=32_768,
+        hidden_size=2560,
+        intermediate_size=10_240,
+        num_layers=12,
+        num_heads=20,
+        num_kv_heads=4,
+        vision_hidden=256,
+    ),
+    samples_per_shard=128,
+    words=(400, 200),
+    pairs=3,
+    max_batched_tokens=16_384,
+    dtype="bfloat16",
+)
 QUICK = Settings(teacher=_TEACHER, samples_per_shard=4, words=(20, 10), pairs=2, max_batched_tokens=512)
 
 
@@ -56,10 +74,13 @@ def measure(folder: Path, settings: Settings) -> Iterator[Figure]:
     """Yield the speed of the build against the engine alone and against transformers."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     create_model_directory(settings.teacher, folder / "teacher", corpus=[" ".join(WORDS)] * 4, seed=1)
+    # one shard more than there are pairs
+    num_samples = settings.samples_per_shard * (settings.pairs + 1)
+    data = write_data(folder, num_samples=num_samples, words=settings.words)
     config = CacheConfig(
         uri=str(folder / "cache"),
-        teacher=TeacherConfig(model=str(folder / "teacher"), dtype="float32"),
-        data=DataConfig(path=str(write_data(folder, settings)), max_length=2048),
+        teacher=TeacherConfig(model=str(folder / "teacher"), dtype=settings.dtype),
+        data=DataConfig(path=str(data), max_length=2048),
         targets=TargetsConfig(topk=64, question_fraction=1.0),
         samples_per_shard=settings.samples_per_shard,
         build=BuildConfig(max_batched_tokens=settings.max_batched_tokens),
@@ -90,9 +111,10 @@ def measure(folder: Path, settings: Settings) -> Iterator[Figure]:
     ]
     seconds = _interleaved([build, engine_alone, transformers_alone], pairs=settings.pairs)
     own, engine, plain = ([one[side] for one in seconds] for side in range(3))
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     parameters = sum(weight.numel() for weight in reference.model.parameters())
     note = (
-        f"{parameters / 1e6:.0f} M parameters on {torch.get_num_threads()} threads, {tokens} tokens a shard: build "
+        f"{parameters / 1e6:.0f} M parameters on {where}, {tokens} tokens a shard: build "
         f"{tokens / statistics.median(own):.0f}, engine {tokens / statistics.median(engine):.0f}, transformers "
         f"{tokens / statistics.median(plain):.0f} tokens/s"
     )
@@ -105,15 +127,15 @@ def measure(folder: Path, settings: Settings) -> Iterator[Figure]:
     worker.close()
 
 
-def write_data(folder: Path, settings: Settings) -> Path:
-    """Write conversations about images of 64 image tokens, for one shard more than there are pairs."""
+def write_data(folder: Path, *, num_samples: int, words: tuple[int, int]) -> Path:
+    """Write conversations about images of 64 image tokens, of so many words in question and answer on average."""
     rng = np.random.default_rng(0)
     rows = []
-    for number in range(settings.samples_per_shard * (settings.pairs + 1)):
+    for number in range(num_samples):
         buffer = io.BytesIO()
         PIL.Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, format="PNG")
         question, answer = (
-            " ".join(rng.choice(WORDS, size=int(rng.integers(count // 2, 3 * count // 2)))) for count in settings.words
+            " ".join(rng.choice(WORDS, size=int(rng.integers(count // 2, 3 * count // 2)))) for count in words
         )
         messages = [{"role": "user", "content": f"<image>{question}"}, {"role": "assistant", "content": answer}]
         rows.append({"id": f"sample-{number:05}", "messages": messages, "images": [{"bytes": buffer.getvalue()}]})

@@ -1,7 +1,7 @@
 """Check and time the heavy parts on one GPU in a few minutes: ``python benchmarks/gpu``.
 
-The losses, the Recalibrator, a ZeRO-3 step and the shard writer from device memory. ``docs/benchmarks.md`` says what
-each figure means. ``--quick --device cpu`` shows on any machine that everything works.
+The losses, the Recalibrator, a ZeRO-3 step, the shard writer from device memory, and the main job as a whole.
+``docs/benchmarks.md`` says what each figure means. ``--quick --device cpu`` shows on any machine that everything works.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 # run as a folder: the packages and the siblings are not importable by themselves
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-PARTS = ("gpu_losses", "gpu_recalibrator", "gpu_zero", "gpu_shards")
+PARTS = ("gpu_losses", "gpu_recalibrator", "gpu_zero", "gpu_shards", "gpu_job")
 
 
 def main(argv: Sequence[str]) -> int:

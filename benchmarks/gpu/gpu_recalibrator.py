@@ -31,8 +31,8 @@ STUDENT = Qwen2Config(
 def measure(*, device: str, quick: bool, folder: Path) -> Iterator[Figure]:
     """Yield the error of the output and of the gradient at the questions, and the speed."""
     turns = [[Turn(5, 3), Turn(2, 4)], [Turn(7, 2)]]
-    exact = run(make_module(SMALL, teacher_hidden=24).double(), turns, device="cpu")
-    found = run(make_module(SMALL, teacher_hidden=24), turns, device=device)
+    exact = run(make_module(SMALL, teacher_hidden=24).double(), plan_joint_sequence(turns))
+    found = run(make_module(SMALL, teacher_hidden=24).to(device), on_device(turns, device))
     errors = [float((a.cpu().double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
     yield Figure(
         section="recalibrator check",
@@ -45,9 +45,11 @@ def measure(*, device: str, quick: bool, folder: Path) -> Iterator[Figure]:
     )
     config, teacher_hidden, samples = (SMALL, 24, 2) if quick else (STUDENT, 8192, 4)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    module = make_module(config, teacher_hidden=teacher_hidden).to(dtype)
+    module = make_module(config, teacher_hidden=teacher_hidden).to(device, dtype)
     turns = [[Turn(40, 10)] if quick else [Turn(1800, 248)]] * samples
-    duration = seconds(lambda: run(module, turns, device=device), device=device, repeats=2 if quick else 10)
+    plan = on_device(turns, device)
+    rows = make_rows(plan, module)
+    duration = seconds(lambda: differentiate(module, plan, *rows), device=device, repeats=2 if quick else 10)
     tokens = samples * sum(turns[0][0])
     yield Figure(
         section="recalibrator",
@@ -64,21 +66,30 @@ def make_module(config: Qwen2Config, *, teacher_hidden: int) -> Recalibrator:
     return Recalibrator(RecalibratorConfig(student_config=config, teacher_hidden=teacher_hidden))
 
 
-def make_rows(plan: JointSequence, module: Recalibrator, *, device: str) -> tuple[Tensor, Tensor]:
-    """Return question and answer rows."""
+def on_device(turns: list[list[Turn]], device: str) -> JointSequence:
+    """Return the plan of a batch, with its indices on a device."""
+    return to_device(plan_joint_sequence(turns), torch.device(device))
+
+
+def make_rows(plan: JointSequence, module: Recalibrator) -> tuple[Tensor, Tensor]:
+    """Return question and answer rows beside the module's weights."""
     generator = torch.Generator().manual_seed(1)
-    dtype = module.pre_projection.weight.dtype
+    weight = module.pre_projection.weight
     questions = torch.randn(len(plan.question_slots), module.config.student_hidden, generator=generator)
     answers = torch.randn(len(plan.answer_slots), module.config.teacher_hidden, generator=generator)
-    return questions.to(device, dtype).requires_grad_(), answers.to(device, dtype)
+    return questions.to(weight).requires_grad_(), answers.to(weight)
 
 
-def run(module: Recalibrator, turns: list[list[Turn]], *, device: str) -> tuple[Tensor, Tensor]:
-    """Return the output, and the gradient of a weighted sum of it at the question rows."""
-    module = module.to(device)
-    plan = to_device(plan_joint_sequence(turns), torch.device(device))
-    questions, answers = make_rows(plan, module, device=device)
+def run(module: Recalibrator, plan: JointSequence) -> tuple[Tensor, Tensor]:
+    """Return the output for random rows, and the gradient of a weighted sum of it at the question rows."""
+    return differentiate(module, plan, *make_rows(plan, module))
+
+
+def differentiate(
+    module: Recalibrator, plan: JointSequence, questions: Tensor, answers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the output, and the gradient of a weighted sum of it at the question rows; all weights get theirs too."""
     output = module(questions, answers, plan, questions_from="student")
-    weights = torch.linspace(-1, 1, output.shape[1], device=device, dtype=output.dtype)
-    (gradient,) = torch.autograd.grad((output * weights).sum(), questions)
+    weights = torch.linspace(-1, 1, output.shape[1], device=output.device, dtype=output.dtype)
+    gradient, *_ = torch.autograd.grad((output * weights).sum(), [questions, *module.parameters()], allow_unused=True)
     return output.detach(), gradient

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import torch
 from cache_bench.figures import Figure
-from gpu_recalibrator import SMALL, STUDENT, make_module, make_rows
+from gpu_recalibrator import SMALL, STUDENT, make_module, make_rows, on_device
 from timing import wait
 from torch import Tensor, nn
 
 from distill.config import TrainConfig
 from distill.losses import linear_ce_kl
-from distill.records import to_device
 from distill.zero import launched_processes
 from distill.zero_config import deepspeed_config
 from recalibrator import Recalibrator
-from recalibrator.joint_sequence import JointSequence, Turn, plan_joint_sequence
+from recalibrator.joint_sequence import JointSequence, Turn
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}
 STEPS = 5
@@ -47,8 +46,8 @@ def measure(*, device: str, quick: bool, folder: Path) -> Iterator[Figure]:
     config, teacher_hidden, vocab = (SMALL, 24, 200) if quick else (STUDENT, 3584, 152_064)
     turns = [[Turn(20, 6)]] * 2 if quick else [[Turn(1800, 248)]] * 4
     module = make_module(config, teacher_hidden=teacher_hidden)
-    plan = to_device(plan_joint_sequence(turns), torch.device(device))
-    questions, answers = (rows.detach() for rows in make_rows(plan, module, device=device))
+    plan = on_device(turns, device)
+    questions, answers = (rows.detach().to(device) for rows in make_rows(plan, module))
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(vocab, teacher_hidden, generator=generator).div_(teacher_hidden**0.5).to(device)
     weight = weight.to(getattr(torch, dtype))

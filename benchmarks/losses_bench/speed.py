@@ -36,7 +36,7 @@ def _against(others: Mapping[str, Side], own: Side, task: str, *, pairs: int, pr
     seconds = _interleaved(run, pairs=pairs, wait=torch.cuda.synchronize if on_gpu else lambda: None)
     own_s = seconds.pop("genrecal")
     for name, other_s in seconds.items():
-        note = f"{statistics.median(own_s):.2f} s, {name} {statistics.median(other_s):.2f} s"
+        note = f"{statistics.median(own_s):.3g} s, {name} {statistics.median(other_s):.3g} s"
         yield ratio_figure(SECTION, f"{task} against {name}", base_s=other_s, own_s=own_s, bar=BAR, note=note)
 
 

@@ -14,7 +14,7 @@ from teacher_cache.head_check import ScoredRows, check_head_agrees
 from teacher_cache.schema import EncodedConversation, TeacherTargets
 from teacher_cache.teacher import TransformersTeacher, compute_targets, load_teacher_head
 from teacher_cache.vllm_plugin import PREFIX, register_class
-from teacher_cache.vllm_teacher import VllmTeacher, engine_arguments
+from teacher_cache.vllm_teacher import VllmTeacher, engine_arguments, engine_environment
 from tests.teacher_cache.conversations import MAX_LENGTH, encode_all, encode_digits, text_samples
 
 TOPK = 8
@@ -129,6 +129,16 @@ def test_the_engine_gets_all_that_ray_reserves_gpus_for(
     arguments = engine_arguments(config, directory=tiny_qwen2, build=build, max_length=MAX_LENGTH, on_cuda=True)
     assert (arguments["tensor_parallel_size"], arguments["pipeline_parallel_size"]) == (tensor, pipeline)
     assert arguments["distributed_executor_backend"] == backend
+
+
+def test_on_a_gpu_the_engine_is_spawned(monkeypatch: pytest.MonkeyPatch, tiny_qwen2: Path) -> None:
+    from vllm.utils.system_utils import get_mp_context
+
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    assert get_mp_context().get_start_method() == "fork"
+    for name, value in engine_environment(model=str(tiny_qwen2), on_cuda=True).items():
+        monkeypatch.setenv(name, value)
+    assert get_mp_context().get_start_method() == "spawn"
 
 
 def test_a_registered_class_is_inspected_in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
