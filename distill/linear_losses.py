@@ -6,8 +6,12 @@ foreseen, or the head is trained too, the logits are computed again.
 """
 
 import importlib.util
+import logging
+import os
+import shutil
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +22,9 @@ from distill.linear_head import LinearHead, accumulation_dtype, matmul_into
 from distill.logit_blocks import BlockLosses, ChunkSizes, Scratch, block_losses, rows_gradient
 from distill.teacher_terms import Targets, TermWeights
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+logger = logging.getLogger(__name__)
+COMPILERS = ("gcc", "clang", "cc")
+"""Any of which Triton takes for the launchers of its kernels, where CC names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,20 +148,32 @@ def _run(
 def _block_losses(
     rows: Tensor, head: LinearHead, targets: Targets, weights: TermWeights | None, *, chunk: int, scratch: Scratch
 ) -> BlockLosses:
-    if rows.is_cuda and _kernels_take(rows, head, targets):
+    if rows.is_cuda and kernels_take(rows, head, targets):
         from distill import gpu_blocks
 
         return gpu_blocks.block_losses(rows, head=head, targets=targets, weights=weights)
     return block_losses(rows, head=head, targets=targets, weights=weights, chunk=chunk, scratch=scratch)
 
 
-def _kernels_take(rows: Tensor, head: LinearHead, targets: Targets) -> bool:
-    """Tell whether Triton is there, and all factors are in one of the types that its kernels write."""
+def kernels_take(rows: Tensor, head: LinearHead, targets: Targets) -> bool:
+    """Tell whether kernels can be compiled, and all factors are in one of the types that they write."""
     teacher_head = targets.teacher_head or head
     factors = [rows, head.weight]
     factors += [] if targets.teacher_rows is None else [targets.teacher_rows, teacher_head.weight]
     same = {factor.dtype for factor in factors}
-    return HAS_TRITON and targets.topk_ids is None and same in ({torch.bfloat16}, {torch.float32})
+    return targets.topk_ids is None and same in ({torch.bfloat16}, {torch.float32}) and can_compile_kernels()
+
+
+@cache
+def can_compile_kernels() -> bool:
+    """Tell whether Triton is there with a C compiler; warn once of Triton without one."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    named = os.environ.get("CC")
+    if any(shutil.which(name) for name in ((named,) if named else COMPILERS)):
+        return True
+    logger.warning("Triton finds no C compiler (%s): the losses take twice as long", named or ", ".join(COMPILERS))
+    return False
 
 
 def _incoming(grad_ce: Tensor | None, grad_divergence: Tensor | None) -> TermWeights:

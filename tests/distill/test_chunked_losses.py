@@ -12,8 +12,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distill import linear_losses
 from distill.losses import ChunkSizes, Divergence, LinearHead, feature_mse, linear_ce, linear_ce_kl, linear_divergence
 from distill.regularization import regularization_loss
+from distill.teacher_terms import Targets
 
 DIVERGENCES = {
     "forward": Divergence(),
@@ -397,3 +399,34 @@ def test_nothing_is_computed_where_nothing_is_to_learn():
         linear_ce_kl(**inputs)
         linear_ce(inputs["rows"], weight=inputs["weight"], labels=inputs["labels"])
     assert counted.flops == 3 * 13 * 37 * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({}, True),
+        ({"rows": torch.float16, "weight": torch.float16, "teacher_rows": torch.float16}, False),
+        ({"rows": torch.float32}, False),
+        ({"teacher_rows": torch.float32}, False),
+    ],
+)
+def test_kernels_take_factors_of_one_type(monkeypatch, changes, taken):
+    dtypes = dict.fromkeys(("rows", "weight", "teacher_rows"), torch.bfloat16) | changes
+    factors = {name: torch.zeros(2, 3, dtype=dtype) for name, dtype in dtypes.items()}
+    targets = Targets(divergence=Divergence(), teacher_rows=factors["teacher_rows"])
+    monkeypatch.setattr(linear_losses, "can_compile_kernels", lambda: True)
+    assert linear_losses.kernels_take(factors["rows"], LinearHead(weight=factors["weight"]), targets) is taken
+    monkeypatch.setattr(linear_losses, "can_compile_kernels", lambda: False)
+    assert not linear_losses.kernels_take(factors["rows"], LinearHead(weight=factors["weight"]), targets)
+
+
+def test_without_a_compiler_no_kernel_is_tried(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(linear_losses.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    linear_losses.can_compile_kernels.cache_clear()
+    assert not linear_losses.can_compile_kernels()
+    assert "no C compiler" in caplog.text
+    (tmp_path / "cc").touch(mode=0o700)
+    linear_losses.can_compile_kernels.cache_clear()
+    assert linear_losses.can_compile_kernels()
+    linear_losses.can_compile_kernels.cache_clear()
