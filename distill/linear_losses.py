@@ -161,7 +161,7 @@ def kernels_take(rows: Tensor, head: LinearHead, targets: Targets) -> bool:
     factors = [rows, head.weight]
     factors += [] if targets.teacher_rows is None else [targets.teacher_rows, teacher_head.weight]
     same = {factor.dtype for factor in factors}
-    return targets.topk_ids is None and same in ({torch.bfloat16}, {torch.float32}) and can_compile_kernels()
+    return same in ({torch.bfloat16}, {torch.float32}) and can_compile_kernels()
 
 
 @cache

@@ -15,7 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.linear_head import LinearHead, accumulation_dtype, matmul_into, slices
-from distill.teacher_terms import OnlineSoftmax, Projection, Targets, TeacherTerm, TermWeights, TopkTerm
+from distill.teacher_terms import (
+    OnlineSoftmax,
+    Projection,
+    Targets,
+    TeacherTerm,
+    TermWeights,
+    TopkTerm,
+    chunked_normalizer,
+)
 
 BLOCK_ROWS = {"cpu": 64, "cuda": 1024}
 """Tokens per block: enough that the products run at full speed, few enough that their logits are small."""
@@ -86,7 +94,10 @@ def block_losses(
         at_label = head.slope(label_logits)
     term: TeacherTerm | TopkTerm | None = None
     if targets.divergence is not None:
-        term = TopkTerm(student, targets, chunk) if teacher is None else TeacherTerm(student, teacher, targets, chunk)
+        if teacher is None:
+            term = TopkTerm(student, targets, lambda logits: chunked_normalizer(logits, chunk))
+        else:
+            term = TeacherTerm(student, teacher, targets, chunk)
     gradient = None
     if weights is not None:
         gradient = _gradient(student, head, ce is not None, term, weights, chunk)

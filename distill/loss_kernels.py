@@ -12,6 +12,8 @@ CHUNK: Final = 4096
 """Vocabulary entries per program."""
 KINDS: Final = {"forward_kl": 1, "reverse_kl": 2, "jensen_shannon": 3}
 """Divergences by their number in the kernel; 0 is none."""
+BUCKET: Final = 4
+"""Stands there for the bucket of a teacher of whom the top-k are known."""
 
 
 @triton.jit
@@ -57,7 +59,8 @@ def terms_kernel(
     """Write the chunk's share in the divergence and its mean to ``sums[2, chunks, tokens]``, and its gradient.
 
     Normalizers are logarithms, as in `distill.teacher_terms.Normalizer`; the formulas are those of
-    `distill.divergences`. Sums are not written beside a gradient that needs the mean.
+    `distill.divergences`. Sums are not written beside a gradient that needs the mean. Of the bucket's entries only the
+    gradient is written: ``q`` normalizes them among themselves, and their weight is that of the bucket's logit.
     """
     chunk, token = tl.program_id(0), tl.program_id(1)
     entries = chunk * chunk_size + tl.arange(0, chunk_size)
@@ -65,7 +68,9 @@ def terms_kernel(
     at = token.to(tl.int64) * vocab_size + entries
     s = tl.load(student + at, mask=inside, other=0.0)
     slope = tl.zeros([chunk_size], tl.float32)
-    if kind > 0:
+    if kind == 4:
+        slope = tl.exp(s - tl.load(q_peak + token) - tl.load(q_mass + token)) * tl.load(divergence_weight + token)
+    elif kind > 0:
         t = tl.load(teacher + at, mask=inside, other=0.0)
         log_q = s / temperature - tl.load(q_peak + token) - tl.load(q_mass + token)
         log_p = t / temperature - tl.load(p_peak + token) - tl.load(p_mass + token)
@@ -102,6 +107,7 @@ def terms_kernel(
             slope += tl.load(ce_weight + token) * tl.where(is_label, probability - 1, probability)
         slope = slope * logit_scale
         if with_softcap:
-            capped = s / logit_softcap
+            # at least -1: top-k that are taken out are -inf
+            capped = tl.maximum(s / logit_softcap, -1.0)
             slope = slope * (1 - capped * capped)
         tl.store(gradient + at, slope.to(gradient.dtype.element_ty), mask=inside)

@@ -1,5 +1,6 @@
 """What the logits of a block of rows are held against: the targets, and the terms that a teacher contributes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -91,6 +92,14 @@ class OnlineSoftmax:
         return join_normalizers(*self._sums)
 
 
+def chunked_normalizer(logits: Float[Tensor, "vocab tokens"], chunk: int) -> Normalizer:
+    """Return the normalizer of logits that are all there."""
+    collected = OnlineSoftmax(logits, chunk)
+    for vocab in slices(logits.shape[0], chunk):
+        collected.add(logits[vocab])
+    return collected.normalizer()
+
+
 def join_normalizers(peaks: Float[Tensor, "slices tokens"], masses: Float[Tensor, "slices tokens"]) -> Normalizer:
     """Return the normalizer of all slices from each one's peak and its mass beside it; the sum is rounded once."""
     peak = peaks.amax(0)
@@ -168,7 +177,7 @@ class TopkTerm:
     are taken out (-inf) until the gradient is written there.
     """
 
-    def __init__(self, student: Projection, targets: Targets, chunk: int) -> None:
+    def __init__(self, student: Projection, targets: Targets, normalize: Callable[[Tensor], Normalizer]) -> None:
         assert targets.divergence is not None
         assert targets.topk_ids is not None
         assert targets.topk_logprobs is not None
@@ -177,12 +186,9 @@ class TopkTerm:
         self._ids = targets.topk_ids.T.long().clamp(0, logits.shape[0] - 1)
         self._topk = logits.gather(0, self._ids)
         logits.scatter_(0, self._ids, -torch.inf)
-        rest = OnlineSoftmax(logits, chunk)
-        for vocab in slices(logits.shape[0], chunk):
-            rest.add(logits[vocab])
-        self._rest = rest.normalizer()
+        self.rest = normalize(logits)
         temperature = targets.divergence.temperature
-        buckets = torch.cat([self._topk, (self._rest.peak + self._rest.log_mass)[None]])
+        buckets = torch.cat([self._topk, (self.rest.peak + self.rest.log_mass)[None]])
         log_q = (buckets / temperature).log_softmax(0).clamp(min=NO_LOGPROB)
         log_p = (_teacher_buckets(targets.topk_logprobs.T, logits.shape[0]) / temperature).log_softmax(0)
         log_p = log_p.to(logits.dtype).clamp_(min=NO_LOGPROB)
@@ -190,20 +196,29 @@ class TopkTerm:
         self._value = sums.value.clamp(min=0)
         self._slopes = block_gradient(targets.divergence, log_q, log_p, sums.mean).div_(temperature)
 
+    @property
+    def rest_slope(self) -> Float[Tensor, " tokens"]:
+        """Derivative by the logit of the bucket; each of its entries gets its share."""
+        return self._slopes[-1]
+
     def value(self) -> Tensor:
         """Return the divergence of each token."""
         return self._value
 
     def gradient(self, vocab: slice) -> Tensor:
         """Return the derivative by the logits of a slice, zero at the top-k."""
-        return self._rest.log_probabilities(self._student.logits[vocab]).exp_().mul_(self._slopes[-1])
+        return self.rest.log_probabilities(self._student.logits[vocab]).exp_().mul_(self.rest_slope)
 
-    def write_topk(self, gradient: Tensor, weights: TermWeights, *, with_ce: bool, head: LinearHead) -> None:
-        """Write the gradient at the top-k."""
+    def write_topk(
+        self, gradient: Tensor, weights: TermWeights, *, with_ce: bool, head: LinearHead, labels: Tensor | None = None
+    ) -> None:
+        """Write the gradient at the top-k; where labels are given, with what the cross-entropy has there besides."""
         at_topk = self._slopes[:-1] * weights.divergence
         if with_ce:
             at_topk += self._student.plain.log_probabilities(self._topk).exp_().mul_(weights.ce)
-        gradient.scatter_(0, self._ids, at_topk * head.slope(self._topk))
+        if labels is not None:
+            at_topk -= (self._ids == labels) * weights.ce
+        gradient.scatter_(0, self._ids, (at_topk * head.slope(self._topk)).to(gradient.dtype))
 
 
 def _teacher_buckets(topk_logprobs: Float[Tensor, "k tokens"], vocab_size: int) -> Float[Tensor, "buckets tokens"]:

@@ -212,9 +212,12 @@ class ActorPool(Generic[Piece]):
                 self._take_actor(told)
             else:
                 self._take_sign(told, bar)
-        if not self._running and not self._idle and time.monotonic() - self._notice > WAIT_NOTICE_S:
+        waits = self._starting and not self._running and not self._idle
+        if waits and time.monotonic() - self._notice > WAIT_NOTICE_S:
             self._notice = time.monotonic()
-            logger.warning("waiting for Ray to place %d replica(s): are there free resources?", len(self._starting))
+            logger.warning(
+                "no replica is ready: %d start, or wait for Ray to find free resources for them", len(self._starting)
+            )
 
     def _take_actor(self, ready: Any) -> None:
         actor = self._starting.pop(ready)

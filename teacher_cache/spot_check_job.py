@@ -71,7 +71,7 @@ class _ReferenceBatch:
 class _ReferenceWork:
     """Batches of samples, and the actors that compute their references."""
 
-    unit = "batch"
+    unit = "part"
 
     def __init__(self, job: BuildJob, *, placement: ReplicaPlacement, stop: StopRequest) -> None:
         self._job = job

@@ -5,6 +5,7 @@ Where triton is installed without a GPU: ``TRITON_INTERPRET=1 pytest -m gpu test
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,9 +75,7 @@ def in_float64(problem):
     return {
         "rows": problem["rows"].double(),
         "head": wide(problem["head"]),
-        "targets": Targets(
-            labels=targets.labels, divergence=targets.divergence, teacher_rows=teacher_rows, teacher_head=teacher_head
-        ),
+        "targets": replace(targets, teacher_rows=teacher_rows, teacher_head=teacher_head),
         "weights": TermWeights(*(one.double() for one in problem["weights"])),
     }
 
@@ -122,6 +121,18 @@ def test_the_teacher_may_have_a_head_of_its_own():
 def test_a_divergence_may_stand_alone():
     problem = make_problem(Divergence(), dtype=torch.float32, with_labels=False)
     check(problem, tolerance=2e-6, gradient_tolerance=2e-6)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("divergence", list(DIVERGENCES.values())[1:], ids=list(DIVERGENCES)[1:])
+def test_the_top_k_of_a_teacher_may_stand_for_it(divergence, head):
+    problem = make_problem(None, dtype=torch.float32, head=head)
+    logprobs = normal(TOKENS, VOCAB, seed=6).mul(3).log_softmax(-1)
+    ids = logprobs.topk(7).indices
+    ids[1, 3] = VOCAB - 1  # the label is among them, and at its other end
+    given = {"topk_ids": ids.to(DEVICE), "topk_logprobs": logprobs.gather(1, ids).float().to(DEVICE)}
+    problem["targets"] = replace(problem["targets"], divergence=divergence, **given)
+    check(problem, tolerance=5e-6, gradient_tolerance=2e-6)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="torch multiplies bfloat16 into float32 on a GPU alone")
