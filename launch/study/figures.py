@@ -1,6 +1,8 @@
 """The figures of the study's page, one SVG file each."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,12 @@ STYLE: Any = {
 }
 INTERVAL_ROOM = 0.05
 """Accuracy beside the outermost means; the interval of two seeds may be wider than all else in a panel."""
-LABEL_GAP = 0.042
-"""Least distance of two labels, as a part of the height of a panel."""
+LABEL_GAP_IN = 0.11
+"""Least distance of two labels, in inches."""
+PANEL_IN = 3.4
+"""Least height of a panel with labels beside it."""
+LETTER_IN, HANDLE_IN = 0.07, 0.6
+"""Width of a letter of the legend, and of what stands beside an entry, in inches."""
 MARKERS = {"z_s": "o", "r_s": "o", "z_l": "x", "r_l": "^"}
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Steps and values by arm."""
@@ -76,42 +82,59 @@ def accuracy_figure(rows: Sequence[Row], path: Path) -> None:
 
 def cost_figure(rows: Sequence[Row], path: Path, *, cost: Callable[[Row], float], label: str) -> None:
     """Draw mean accuracy against a cost, one panel per student, each arm a point with its name."""
-    students = _students(rows)
+    points = {student: _cost_points(rows, student, cost=cost) for student in _students(rows)}
+    panel = max(PANEL_IN, LABEL_GAP_IN * max(len(own) for own in points.values()))
 
     def paint(figure: Figure) -> None:
-        axes = figure.subplots(1, len(students), squeeze=False)[0]
-        for axis, student in zip(axes, students, strict=True):
-            points = []
-            for teacher, color in _teacher_colors(rows).items():
-                own = by_arm(row for row in rows if row.student == student and row.teacher == teacher)
-                for arm, found in own.items():
-                    x, y = (float(np.mean([value(row) for row in found])) for value in (cost, accuracy))
-                    axis.plot(x, y, "o", ms=4, color=color, label=teacher or "no teacher")
-                    points.append((y, x, arm, color))
-            _name_points(axis, sorted(points))
+        axes = figure.subplots(1, len(points), squeeze=False)[0]
+        for axis, (student, own) in zip(axes, points.items(), strict=True):
+            for point in own:
+                axis.plot(point.x, point.y, "o", ms=4, color=point.color, label=point.teacher or "no teacher")
+            _name_points(axis, own, gap=LABEL_GAP_IN / panel)
             axis.set_title(student)
             axis.set_xlabel(label)
             axis.set_ylabel("accuracy")
         _legend(figure, axes)
 
-    draw(path, paint, width=4.5 * len(students), height=4.6)
+    draw(path, paint, width=4.5 * len(points), height=panel + 1.2)
 
 
-def _name_points(axis: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write the names of points (y, x, name, color), sorted by y, beside the panel, a line from each to its point."""
+@dataclass(frozen=True, kw_only=True)
+class _Point:
+    """An arm with one teacher."""
+
+    x: float
+    y: float
+    arm: str
+    teacher: str | None
+    color: str
+
+
+def _cost_points(rows: Sequence[Row], student: str, *, cost: Callable[[Row], float]) -> list[_Point]:
+    """Return a student's points, the least accurate first."""
+    points = []
+    for teacher, color in _teacher_colors(rows).items():
+        for arm, found in by_arm(row for row in rows if row.student == student and row.teacher == teacher).items():
+            x, y = (float(np.mean([value(row) for row in found])) for value in (cost, accuracy))
+            points.append(_Point(x=x, y=y, arm=arm, teacher=teacher, color=color))
+    return sorted(points, key=lambda point: (point.y, point.x))
+
+
+def _name_points(axis: Axes, points: Sequence[_Point], *, gap: float) -> None:
+    """Write the names of points, sorted by y, beside the panel, a line from each to its point."""
     low, high = axis.get_ylim()
-    heights = ((y - low) / (high - low) for y, *_ in points)
-    for place, (y, x, name, color) in zip(spread(heights, gap=LABEL_GAP), points, strict=True):
+    heights = ((point.y - low) / (high - low) for point in points)
+    for place, point in zip(spread(heights, gap=gap), points, strict=True):
         axis.annotate(
-            name,
-            (x, y),
+            point.arm,
+            (point.x, point.y),
             (1.04, place),
             textcoords="axes fraction",
             fontsize=6,
             va="center",
-            color=color,
+            color=point.color,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": color, "relpos": (0, 0.5), "shrinkB": 2},
+            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": point.color, "relpos": (0, 0.5), "shrinkB": 2},
         )
 
 
@@ -129,6 +152,9 @@ def spread(heights: Iterable[float], *, gap: float) -> list[float]:
 
 def gap_figure(curves: Mapping[str, Mapping[str, Curves]], path: Path) -> None:
     """Draw the question-shuffle gap over training: pair -> kind of rows -> arm -> curve."""
+    arms = dict.fromkeys(arm for panels in curves.values() for own in panels.values() for arm in own)
+    lines = itertools.product(("-", "--", ":"), matplotlib.color_sequences["tab20"])
+    styles = {arm: {"ls": dash, "color": color} for arm, (dash, color) in zip(arms, itertools.cycle(lines))}
 
     def paint(figure: Figure) -> None:
         kinds = list(next(iter(curves.values())))
@@ -136,7 +162,7 @@ def gap_figure(curves: Mapping[str, Mapping[str, Curves]], path: Path) -> None:
         for line, (pair, panels) in zip(axes, curves.items(), strict=True):
             for axis, kind in zip(line, kinds, strict=True):
                 for arm, (steps, values) in panels[kind].items():
-                    axis.plot(steps, values, marker=".", lw=1, label=arm)
+                    axis.plot(steps, values, marker=".", ms=2, lw=1, label=arm, **styles[arm])
                 axis.set_title(f"{pair}: {kind} rows", fontsize=8)
                 axis.set_xlabel("step, align then distill")
             line[0].set_ylabel("question-shuffle gap, nats per token")
@@ -207,4 +233,7 @@ def _teacher_colors(rows: Sequence[Row]) -> dict[str | None, str]:
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if entries:
-        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(6, len(entries)))
+        longest = max(len(label) for label in entries)
+        columns = int(figure.get_figwidth() / (LETTER_IN * longest + HANDLE_IN))
+        columns = max(1, min(6, len(entries), columns))
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
