@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from build_bench.throughput import WORDS, write_data
+from build_bench.throughput import GPU, WORDS, write_data
 from cache_bench.figures import Figure
 
 from distill.config import STAGES
@@ -46,19 +46,9 @@ QUICK = Settings(
     stage={"max_steps": WARM_UP + 1, "global_batch_size": 4, "micro_batch_size": 4},
     dtype="float32",
 )
-# text models of 1.3 and 0.4 thousand million parameters; few layers in the teacher, so that vLLM compiles it soon
+# the student's text model has 0.4 thousand million parameters
 FULL = Settings(
-    teacher=replace(
-        _TINY,
-        vocab_size=32_768,
-        hidden_size=2560,
-        intermediate_size=10_240,
-        num_layers=12,
-        num_heads=20,
-        num_kv_heads=4,
-        vision_hidden=256,
-        initializer_range=0.02,
-    ),
+    teacher=GPU.teacher,
     student=replace(
         _TINY,
         family="internvl",
@@ -72,11 +62,11 @@ FULL = Settings(
         initializer_range=0.02,
     ),
     samples=512,
-    words=(400, 200),
-    samples_per_shard=128,
-    build={"max_batched_tokens": 16_384, "spot_check_every": 100},
+    words=GPU.words,
+    samples_per_shard=GPU.samples_per_shard,
+    build={"max_batched_tokens": GPU.max_batched_tokens, "spot_check_every": 100},
     stage={"max_steps": 16, "global_batch_size": 32, "micro_batch_size": 16},
-    dtype="bfloat16",
+    dtype=GPU.dtype,
 )
 
 
