@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,3 +59,10 @@ def test_gpu_parts_on_a_cpu(tmp_path: Path) -> None:
     }
     assert all(one["met"] for one in checks), checks
     assert {one["section"] for one in document["figures"]} >= {"speed", "recalibrator", "zero-3", "shards", "job"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what it says without a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "sees no NVIDIA GPU; --quick --device cpu" in done.stderr

@@ -29,6 +29,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--details", type=Path, metavar="FILE", help="write figures, machine and versions to it")
     parser.add_argument("--only", action="append", choices=PARTS, help="measure this part alone; may be repeated")
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not importlib.import_module("torch").cuda.is_available():
+        parser.error("torch sees no NVIDIA GPU; --quick --device cpu shows on this machine that all parts work")
     figures = []
     with tempfile.TemporaryDirectory(prefix="genrecal-benchmark-", dir=Path.cwd()) as folder:
         about = {**machine.describe(Path(folder)), "device": _device_name(arguments.device)}
