@@ -86,8 +86,7 @@ class VllmAnswerEngine:
 
     def close(self) -> None:
         """Shut the engine down and free its memory."""
-        llm, self._llm = self._llm, None
-        shut_down(llm)
+        shut_down(vars(self).pop("_llm"))
 
 
 def _refused(request: AnswerRequest, error: Exception) -> SampleError:

@@ -23,6 +23,8 @@ from teacher_cache.vllm_stream import FinishedRequest, run_requests
 
 STEPS_IN_FLIGHT = 4
 """Engine steps for which requests are waiting in the engine; one more for each further stage of a pipeline."""
+MESSAGES_END_SECONDS = 10
+"""Patience with the thread that reads an engine's messages, once the engine is shut down."""
 CPU_KV_CACHE_GIB = 0.25
 """Key-value cache on a CPU unless the config says otherwise: vLLM would take a fraction of all memory."""
 
@@ -91,9 +93,7 @@ class VllmTeacher:
 
     def close(self) -> None:
         """Shut the engine down and free its memory."""
-        llm = self._llm
-        del self._llm
-        shut_down(llm)
+        shut_down(vars(self).pop("_llm"))
 
     def _targets(self, done: FinishedRequest, *, topk: int) -> TeacherTargets:
         conversation, with_question = done.request.conversation, done.request.question_rows
@@ -176,10 +176,22 @@ def shut_down(llm: Any) -> None:
     """Shut an engine down to which nobody else refers, and free its memory."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    llm.llm_engine.engine_core.shutdown()
-    del llm
+    core = llm.llm_engine.engine_core
+    core.shutdown()
+    end_messaging(core)
+    del llm, core
     gc.collect()
     cleanup_dist_env_and_memory()
+
+
+def end_messaging(core: Any) -> None:
+    """End the ZeroMQ context of an engine in a process of its own: vllm 0.32 leaves it to the garbage collector."""
+    context = getattr(core, "ctx", None)
+    if context is None:
+        return
+    core.output_queue_thread.join(MESSAGES_END_SECONDS)
+    if not core.output_queue_thread.is_alive():
+        context.destroy(linger=0)
 
 
 def prepare_process(model: str, *, on_cuda: bool, log_file: Path | None) -> None:
