@@ -1,6 +1,5 @@
 """Building shards, against the same engine's prefill of the same samples and against plain transformers."""
 
-import io
 import os
 import statistics
 import time
@@ -9,13 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
-import pyarrow as pa
-import pyarrow.parquet
 import torch
 from cache_bench.figures import Figure, ratio_figure
+from random_inputs import create_models, write_data
 
-from launch.demo.models import ModelSpec, create_model_directory
+from launch.demo.models import ModelSpec
 from teacher_cache.build_plan import open_builder
 from teacher_cache.chat import encode_conversation
 from teacher_cache.config import BuildConfig, CacheConfig, DataConfig, TargetsConfig, TeacherConfig
@@ -26,7 +23,6 @@ from teacher_cache.teacher import Teacher, TeacherRequest, TransformersTeacher
 
 SECTION = "build"
 BAR, AHEAD = 0.90, 1.0
-WORDS = ("which", "digit", "is", "the", "largest", "in", "top", "row", "and", "how", "many", "are", "greater", "than")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +70,7 @@ QUICK = Settings(teacher=_TEACHER, samples_per_shard=4, words=(20, 10), pairs=2,
 def measure(folder: Path, settings: Settings) -> Iterator[Figure]:
     """Yield the speed of the build against the engine alone and against transformers."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    create_model_directory(settings.teacher, folder / "teacher", corpus=[" ".join(WORDS)] * 4, seed=1)
+    create_models(folder, {"teacher": settings.teacher})
     # one shard more than there are pairs
     num_samples = settings.samples_per_shard * (settings.pairs + 1)
     data = write_data(folder, num_samples=num_samples, words=settings.words)
@@ -126,23 +122,6 @@ def measure(folder: Path, settings: Settings) -> Iterator[Figure]:
         SECTION, "a shard, against the transformers teacher", base_s=plain, own_s=own, bar=AHEAD, note="nothing stored"
     )
     worker.close()
-
-
-def write_data(folder: Path, *, num_samples: int, words: tuple[int, int]) -> Path:
-    """Write conversations about images of 64 image tokens, of so many words in question and answer on average."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for number in range(num_samples):
-        buffer = io.BytesIO()
-        PIL.Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, format="PNG")
-        question, answer = (
-            " ".join(rng.choice(WORDS, size=int(rng.integers(count // 2, 3 * count // 2)))) for count in words
-        )
-        messages = [{"role": "user", "content": f"<image>{question}"}, {"role": "assistant", "content": answer}]
-        rows.append({"id": f"sample-{number:05}", "messages": messages, "images": [{"bytes": buffer.getvalue()}]})
-    path = folder / "data.parquet"
-    pa.parquet.write_table(pa.Table.from_pylist(rows), path)
-    return path
 
 
 def _samples(config: CacheConfig) -> dict[str, Sample]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from build_bench.throughput import GPU, WORDS, write_data
+from build_bench.throughput import GPU
 from cache_bench.figures import Figure
+from random_inputs import create_models, write_data
 
 from distill.config import STAGES
-from launch.demo.models import ModelSpec, create_model_directory
+from launch.demo.models import ModelSpec
 
 WARM_UP = 4
 """Steps of each stage that no speed counts."""
@@ -91,9 +92,7 @@ def measure(*, device: str, quick: bool, folder: Path) -> Iterator[Figure]:
 def make_job(folder: Path, settings: Settings) -> Path:
     """Write data, random models and the run file; return its path."""
     folder.mkdir(parents=True)
-    specs = {"teacher": settings.teacher, "student": settings.student}
-    for seed, (name, spec) in enumerate(specs.items()):
-        create_model_directory(spec, folder / name, corpus=[" ".join(WORDS)] * 4, seed=seed)
+    create_models(folder, {"teacher": settings.teacher, "student": settings.student})
     data = write_data(folder, num_samples=settings.samples, words=settings.words)
     document = {
         "output_dir": str(folder / "run"),

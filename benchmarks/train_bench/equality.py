@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from cache_bench.figures import Figure
+from random_inputs import create_models
 
 from distill.config import Method, Stage, TrainConfig
 from distill.live import LiveTeacher, TargetSource
 from distill.trainer import train_student
-from launch.demo.models import create_model_directory
 from teacher_cache.config import BuildConfig, CacheConfig
 from teacher_cache.spot_check import TOLERANCE
-from train_bench.inputs import WORDS, Inputs, capture, student_config
+from train_bench.inputs import Inputs, capture, student_config
 from train_bench.settings import QUICK
 
 SECTION = "cached = live"
@@ -48,9 +48,7 @@ STAGE = {"global_batch_size": 4, "micro_batch_size": 2, "max_steps": 3, "learnin
 def measure(inputs: Inputs, folder: Path) -> Iterator[Figure]:
     """Yield the largest relative difference for each engine, and of one engine's cache from the other live."""
     folder = folder / "small"
-    models = {"teacher": QUICK.teacher, "other": next(iter(QUICK.students.values()))}
-    for seed, (name, spec) in enumerate(models.items()):
-        create_model_directory(spec, folder / name, corpus=[" ".join(WORDS)] * 4, seed=seed)
+    create_models(folder, {"teacher": QUICK.teacher, "other": next(iter(QUICK.students.values()))})
     teacher = inputs.cache.teacher.model_copy(update={"model": str(folder / "teacher")})
     config = inputs.cache.model_copy(
         update={
