@@ -1,4 +1,4 @@
-"""What README and operations say is held to the code: commands, Python, run files, fields, the list of files."""
+"""What README, operations and files say is held to the code: commands, Python, run files, fields, the files."""
 
 import ast
 import importlib
@@ -19,6 +19,7 @@ from teacher_cache.config import CacheConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+FILES = (ROOT / "docs" / "files.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 
 
@@ -32,8 +33,8 @@ def console_lines() -> list[str]:
 
 
 def module_lines() -> list[str]:
-    """The lines of the README's tree that are about one module."""
-    tree = next(block for block in blocks("text") if "teacher_cache/" in block)
+    """The lines of the tree in docs/files.md that are about one module."""
+    (tree,) = blocks("text", text=FILES)
     return [line.strip() for line in tree.splitlines() if re.match(r"\s+\w+\.py\s", line)]
 
 
@@ -93,6 +94,16 @@ def test_every_named_file_exists() -> None:
     folders = ("teacher_cache", "recalibrator", "distill", "launch", "benchmarks", "tests/reliability")
     known = {f"{path.name} {first_line(path)}" for folder in folders for path in (ROOT / folder).rglob("*.py")}
     assert {" ".join(line.split()) for line in module_lines()} <= known
+
+
+def test_the_readme_has_the_folders_of_the_list_of_files() -> None:
+    (tree,) = blocks("text", text=FILES)
+    folders = next(block for block in blocks("text") if "teacher_cache/" in block)
+    assert folders.splitlines() == [line for line in tree.splitlines() if not line.startswith(" ")]
+
+
+def test_the_readme_links_every_page() -> None:
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"\]\(([^)#:]+)", README))
 
 
 def all_console_lines() -> list[str]:
