@@ -13,6 +13,7 @@ from distill.logit_targets import LogitNeeds, LogitTargets, pack_logit_targets
 from distill.stand_ins import choose_stand_ins, move_answers, other_stand_ins, supervised_tokens
 from recalibrator.joint_sequence import (
     JointSequence,
+    TierAIndex,
     Turn,
     joint_turns,
     plan_joint_sequence,
@@ -55,12 +56,24 @@ class RecalibratedPass:
     plan: JointSequence
     question_rows: Float[Tensor, "question_rows teacher_hidden"] | None
     """The teacher's own question rows; None where the student's are used."""
-    answer_rows: Float[Tensor, "answer_rows teacher_hidden"]
-    teacher_rows: Float[Tensor, "answer_tokens teacher_hidden"]
+    tier_a: Float[Tensor, "cached_rows teacher_hidden"]
+    """What the cache holds of the micro-batch's answers: one tensor for all passes, indexed where they run."""
+    answer_index: Int[Tensor, " answer_rows"]
+    teacher_index: Int[Tensor, " answer_tokens"]
     labels: Int[Tensor, " answer_tokens"]
     weights: Float[Tensor, " answer_tokens"]
     stand_ins: Int[Tensor, " stand_ins"] | None = None
     """Rows of the student's answers that take the place of the teacher's; None where none does."""
+
+    @property
+    def answer_rows(self) -> Float[Tensor, "answer_rows teacher_hidden"]:
+        """The teacher's answer rows that enter the Recalibrator."""
+        return self.tier_a[self.answer_index]
+
+    @property
+    def teacher_rows(self) -> Float[Tensor, "answer_tokens teacher_hidden"]:
+        """The teacher's rows that predict the labels."""
+        return self.tier_a[self.teacher_index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +136,12 @@ def collate(
     if not with_recalibrator:
         return batch
     turns = [joint_turns(s.encoded.spans, answer_spans=_targets(s).spans) for s in samples]
-    having = [s for s in [*samples, *regularization_only] if _targets(s).question_hidden_states is not None]
+    cached = _CachedRows.of([*samples, *regularization_only])
     main = _recalibrated_pass(
-        samples, plan=plan_joint_sequence(turns), question_rows=None, include_boundary_row=include_boundary_row
+        cached.take(range(len(samples))),
+        plan=plan_joint_sequence(turns),
+        question_rows=None,
+        include_boundary_row=include_boundary_row,
     )
     lengths = torch.tensor([sum(turn.num_answer_rows for turn in sample_turns) for sample_turns in turns])
     shuffled = _shuffled_pass(turns, main.plan)
@@ -136,7 +152,7 @@ def collate(
         batch,
         main=main,
         sample_of_answer_token=torch.arange(len(samples)).repeat_interleave(lengths),
-        regularization=_regularization_pass(having, include_boundary_row) if with_regularization else None,
+        regularization=_regularization_pass(cached, include_boundary_row) if with_regularization else None,
         shuffled=shuffled,
     )
 
@@ -209,19 +225,42 @@ def _token_types(sample: JoinedSample, name: str) -> Int[Tensor, " tokens"]:
     return torch.zeros(len(sample.encoded.token_ids), dtype=torch.long) if types is None else types[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _CachedRows:
+    """Samples, and where each one's rows are in the one tensor that holds tier A."""
+
+    samples: Sequence[JoinedSample]
+    tier_a: Float[Tensor, "cached_rows teacher_hidden"]
+    places: Sequence[TierAIndex]
+
+    @classmethod
+    def of(cls, samples: Sequence[JoinedSample]) -> "_CachedRows":
+        rows = [_targets(sample).hidden_states for sample in samples]
+        places, start = [], 0
+        for sample, own in zip(samples, rows, strict=True):
+            index = split_tier_a(answer_lengths(_targets(sample).spans))
+            places.append(TierAIndex(predicting=index.predicting + start, answer=index.answer + start))
+            start += len(own)
+        return cls(samples=samples, tier_a=torch.cat(rows), places=places)
+
+    def take(self, indices: Sequence[int]) -> "_CachedRows":
+        return dataclasses.replace(
+            self, samples=[self.samples[i] for i in indices], places=[self.places[i] for i in indices]
+        )
+
+
 def _recalibrated_pass(
-    samples: Sequence[JoinedSample], *, plan: JointSequence, question_rows: Tensor | None, include_boundary_row: bool
+    cached: _CachedRows, *, plan: JointSequence, question_rows: Tensor | None, include_boundary_row: bool
 ) -> RecalibratedPass:
-    targets = [_targets(sample) for sample in samples]
-    tier_a = torch.cat([target.hidden_states for target in targets])
-    index = split_tier_a([length for target in targets for length in answer_lengths(target.spans)])
+    targets = [_targets(sample) for sample in cached.samples]
     labels = [target.token_ids[start:stop] for target in targets for start, stop in target.spans]
-    weights = [torch.full((sum(answer_lengths(_targets(s).spans)),), s.weight) for s in samples]
+    weights = [torch.full((sum(answer_lengths(_targets(s).spans)),), s.weight) for s in cached.samples]
     return RecalibratedPass(
         plan=plan,
         question_rows=question_rows,
-        answer_rows=tier_a[index.answer],
-        teacher_rows=tier_a[index.predicting],
+        tier_a=cached.tier_a,
+        answer_index=torch.cat([place.answer for place in cached.places]),
+        teacher_index=torch.cat([place.predicting for place in cached.places]),
         labels=torch.cat(labels).long(),
         weights=_supervised(torch.cat(weights), plan.boundary_mask, include_boundary_row=include_boundary_row),
     )
@@ -233,16 +272,18 @@ def _supervised(
     return weights if include_boundary_row else weights.masked_fill(boundary, 0.0)
 
 
-def _regularization_pass(samples: Sequence[JoinedSample], include_boundary_row: bool) -> RecalibratedPass:
-    rows, turns = [], []
-    for sample in samples:
+def _regularization_pass(cached: _CachedRows, include_boundary_row: bool) -> RecalibratedPass:
+    having, rows, turns = [], [], []
+    for place, sample in enumerate(cached.samples):
         targets = _targets(sample)
-        assert targets.question_hidden_states is not None
+        if targets.question_hidden_states is None:
+            continue
+        having.append(place)
         both = torch.cat([targets.hidden_states, targets.question_hidden_states])
         rows.append(both[teacher_question_index(targets.spans)])
         turns.append(joint_turns(targets.spans, answer_spans=targets.spans))
     return _recalibrated_pass(
-        samples,
+        cached.take(having),
         plan=plan_joint_sequence(turns),
         question_rows=torch.cat(rows),
         include_boundary_row=include_boundary_row,
@@ -271,7 +312,7 @@ def _with_stand_ins(
         dataclasses.replace(
             main,
             plan=move_answers(main.plan, replaced),
-            answer_rows=main.answer_rows[~replaced],
+            answer_index=main.answer_index[~replaced],
             weights=main.weights * supervised,
             stand_ins=rows[replaced],
         ),

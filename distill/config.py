@@ -241,7 +241,8 @@ class TrainConfig(StrictConfig):
     validation: ValidationConfig | None = None
     """Scoring on held-out data during training; none by default."""
     encoding_cache_mib: int = Field(default=512, ge=0)
-    """Tokenised samples that each process, or each of its data workers, keeps in memory for the next epoch, in MiB."""
+    """Tokenised samples that each process keeps in memory for the next epoch, in MiB; its data workers share them out,
+    and one finds there what it has made itself."""
     packing: bool = False
     """Run the student over all samples of a micro-batch in one row instead of padding them to the longest, where its
     family allows it (`distill/packing.py` names those). Worth it with an attention that skips what is masked."""

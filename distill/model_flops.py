@@ -89,7 +89,7 @@ class ModelFlops:
     def _recalibrated(self, passed: RecalibratedPass, *, with_head: bool) -> float:
         trained, sizes = "recalibrator" in self.spec.trained, self.sizes
         rows = len(passed.labels)
-        teacher_rows = len(passed.answer_rows) + (0 if passed.question_rows is None else len(passed.question_rows))
+        teacher_rows = len(passed.answer_index) + (0 if passed.question_rows is None else len(passed.question_rows))
         total = _cost(sizes.pre_projection, teacher_rows, trained=trained)
         total += _cost(sizes.blocks, sum(passed.plan.lengths), trained=trained, passes_gradient=True)
         total += _cost(sizes.last_feed_forward + sizes.post_projection, rows, trained=trained, passes_gradient=True)

@@ -11,8 +11,20 @@ Record = TypeVar("Record")
 
 
 def to_device(record: Record, device: torch.device) -> Record:
-    """Return a record, with every tensor in it, on a device."""
-    return map_tensors(record, lambda tensor: tensor.to(device, non_blocking=True))
+    """Return a record, with every tensor in it, on a device; one that it holds twice is moved once."""
+    return map_tensors(record, once_each(lambda tensor: tensor.to(device, non_blocking=True)))
+
+
+def once_each(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Return a function that gives the same for a tensor that it has seen; its arguments must outlive it."""
+    seen: dict[int, Any] = {}
+
+    def call(tensor: Tensor) -> Any:
+        if id(tensor) not in seen:
+            seen[id(tensor)] = function(tensor)
+        return seen[id(tensor)]
+
+    return call
 
 
 def map_tensors(record: Record, function: Callable[[Any], Any], *, kind: type = Tensor) -> Record:

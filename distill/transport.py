@@ -1,5 +1,6 @@
 """Records of tensors as one block of bytes: one piece of shared memory between processes, and one to pin."""
 
+import functools
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -7,7 +8,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from distill.records import map_tensors
+from distill.records import map_tensors, once_each
 
 Record = TypeVar("Record")
 
@@ -25,7 +26,7 @@ class Place:
 
 
 def pack(record: Record) -> tuple[UInt8[Tensor, " bytes"], Record]:
-    """Return the bytes of all tensors in a record, and the record with places in their stead."""
+    """Return the bytes of all tensors in a record, each once, and the record with places in their stead."""
     placed: list[tuple[int, Tensor]] = []
     end = 0
 
@@ -36,7 +37,7 @@ def pack(record: Record) -> tuple[UInt8[Tensor, " bytes"], Record]:
         end = -(-(start + tensor.nbytes) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         return Place(start=start, stop=start + tensor.nbytes, dtype=tensor.dtype, shape=tuple(tensor.shape))
 
-    skeleton = map_tensors(record, place)
+    skeleton = map_tensors(record, once_each(place))
     block = torch.empty(end, dtype=torch.uint8)
     for start, tensor in placed:
         block[start : start + tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -44,8 +45,9 @@ def pack(record: Record) -> tuple[UInt8[Tensor, " bytes"], Record]:
 
 
 def unpack(block: UInt8[Tensor, " bytes"], skeleton: Record) -> Record:
-    """Return the record that was packed; its tensors are views of the block."""
+    """Return the record that was packed; its tensors are views of the block, one for each that was packed."""
 
+    @functools.cache
     def take(place: Place) -> Tensor:
         return block[place.start : place.stop].view(place.dtype).reshape(place.shape)
 

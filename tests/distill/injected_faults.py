@@ -27,9 +27,10 @@ def bad_targets(value: float) -> Forward:
 
     def change(forward: Forward, batch: Batch, **inputs: Any) -> StageLosses:
         assert batch.main is not None
-        rows = batch.main.teacher_rows.clone()
-        rows[-1, 0] = value
-        return forward(dataclasses.replace(batch, main=dataclasses.replace(batch.main, teacher_rows=rows)), **inputs)
+        rows = batch.main.tier_a.clone()
+        # the one row of a turn that only targets hold, not inputs too
+        rows[batch.main.teacher_index[0], 0] = value
+        return forward(dataclasses.replace(batch, main=dataclasses.replace(batch.main, tier_a=rows)), **inputs)
 
     return change
 

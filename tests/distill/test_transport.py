@@ -1,11 +1,13 @@
 """Records of tensors through one block of bytes."""
 
+import pickle
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from distill.records import to_device
 from distill.transport import pack, unpack
 
 
@@ -39,3 +41,15 @@ def test_records_come_back_as_they_were(dtype: torch.dtype) -> None:
         assert got.shape == expected.shape
     views = [got for got, _ in pairs]
     assert len({view.untyped_storage().data_ptr() for view in views}) == 1
+
+
+def test_a_tensor_that_is_held_twice_goes_once() -> None:
+    rows = torch.randn(100, 8)
+    record = Record(tensors={"one": rows, "other": rows.clone()}, inner=(rows, None), name="a")
+    block, skeleton = pack(record)
+    assert block.nbytes < 2.1 * rows.nbytes
+    back = unpack(block, pickle.loads(pickle.dumps(skeleton)))
+    assert torch.equal(back.tensors["other"], rows)
+    assert back.inner[0] is back.tensors["one"]
+    moved = to_device(back, torch.device("meta"))
+    assert moved.inner[0] is moved.tensors["one"]

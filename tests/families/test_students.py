@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 
 from distill.batch import JoinedSample, collate
-from distill.config import TrainConfig
+from distill.config import StudentConfig, TrainConfig
+from distill.encoder import StudentEncoder
 from distill.stage_spec import stage_spec
 from distill.stages import StageModel
 from distill.student import last_hidden_state, load_student, name_parts
@@ -102,6 +103,19 @@ def test_a_sample_in_a_padded_batch_equals_the_sample_alone(name: str, directori
             ids = torch.from_numpy(conversation.token_ids).long()[None]
             alone = student.base_model(input_ids=ids, **conversation.model_inputs).last_hidden_state[0]
             torch.testing.assert_close(row[: len(alone)], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.has_images])
+def test_images_in_the_students_dtype_are_what_it_makes_of_them(name: str, directories: Directories) -> None:
+    student = load_student(directories(name), dtype="bfloat16").eval()
+    conversation = encode(directories(name), samples_of(FAMILIES[name]))[0]
+    encoder = StudentEncoder(None, config=StudentConfig(name="a", model=str(directories(name))), memory_mib=0)
+    ids = torch.from_numpy(conversation.token_ids).long()[None]
+    with torch.inference_mode():
+        as_processed = student.base_model(input_ids=ids, **conversation.model_inputs).last_hidden_state
+        cast = {key: encoder.in_dtype(value) for key, value in conversation.model_inputs.items()}
+        assert any(value.dtype == torch.bfloat16 for value in cast.values())
+        assert torch.equal(student.base_model(input_ids=ids, **cast).last_hidden_state, as_processed)
 
 
 def test_a_soft_cap_on_attention_scores_takes_effect(directories: Directories, tmp_path: Path) -> None:
