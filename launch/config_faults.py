@@ -21,7 +21,20 @@ def describe_faults(error: ValidationError, *, model: type[BaseModel], text: str
         text: The file, for line numbers.
     """
     root = yaml.compose(text, Loader=yaml.SafeLoader) if text else None
-    return "\n".join(f"  {_place(root, fault['loc'])}{_describe(fault, model=model)}" for fault in error.errors())
+    faults = error.errors()
+    return "\n".join(
+        f"  {_place(root, fault['loc'])}{_describe(fault, model=model)}"
+        for fault in faults
+        if not _follows_from_another(fault, faults)
+    )
+
+
+def _follows_from_another(fault: Any, faults: Sequence[Any]) -> bool:
+    """Tell whether a list only counts as too short because entries of it are faulty, which pydantic leaves out."""
+    path = fault["loc"]
+    return fault["type"] == "too_short" and any(
+        len(other["loc"]) > len(path) and other["loc"][: len(path)] == path for other in faults
+    )
 
 
 def _describe(fault: Any, *, model: type[BaseModel]) -> str:

@@ -16,6 +16,7 @@ from distill.config import TrainConfig
 from launch.arguments import ArgumentParser
 from launch.clusters.config import ClusterConfig
 from launch.config_faults import describe_faults
+from launch.config_yaml import OutputFolder, read_yaml
 from launch.overrides import apply_overrides
 from launch.plan_config import PlanConfig
 from launch.run_students import SHARED, RunStudent, expand_matrix
@@ -48,7 +49,7 @@ class EvaluationConfig(StrictConfig):
 class RunConfig(StrictConfig):
     """A whole job: one cache, any number of students."""
 
-    output_dir: str
+    output_dir: OutputFolder
     """Folder for training state, students, evaluation and report."""
     cache: CacheConfig
     answers: AnswersConfig | None = None
@@ -120,15 +121,10 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, options:
         options: The command's own options, for suggestions.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or has unknown, missing or ill-typed keys.
+        ConfigError: The file is missing, is not YAML, or has unknown, missing, ill-typed or double keys.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"run file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"run file {path} is not YAML: {error}") from error
+    apply_overrides({}, overrides, model=RunConfig, options=options)  # a misspelt option is told before a missing file
+    values, text = read_yaml(path, kind="run file")
     if not isinstance(values, dict):
         raise ConfigError(
             f"run file {path} holds {type(values).__name__}; expected keys such as `cache` and `students`"

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from distill.config import STAGES, Stage, TrainConfig
+from launch.config_faults import describe_faults
+from launch.config_yaml import OutputFolder, read_yaml
 from teacher_cache.config import BuildConfig, StrictConfig, TargetsConfig
 from teacher_cache.errors import ConfigError
 
@@ -149,9 +150,9 @@ class StudyEvaluation(StrictConfig):
 class StudyConfig(StrictConfig):
     """A grid of runs over arms, seeds and pairs of teacher and student."""
 
-    output_dir: str
+    output_dir: OutputFolder
     """Folder for data, models, caches and runs."""
-    report_dir: str = "docs/study"
+    report_dir: OutputFolder = "docs/study"
     """Folder for results.parquet and figures; the page is the file of the same name beside it."""
     data: StudyData
     teachers: tuple[StudyTeacher, ...] = Field(min_length=1)
@@ -220,20 +221,13 @@ def load_study(path: str | Path) -> StudyConfig:
     """Read a study file.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or has unknown, missing or ill-typed keys.
+        ConfigError: The file is missing, is not YAML, or has unknown, missing, ill-typed or double keys.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"study file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"study file {path} is not YAML: {error}") from error
+    values, text = read_yaml(path, kind="study file")
     try:
         return StudyConfig.model_validate(values)
     except ValidationError as error:
-        faults = "\n".join(
-            f"  {'.'.join(map(str, fault['loc'])) or '(whole file)'}: {fault['msg']}" for fault in error.errors()
-        )
+        faults = describe_faults(error, model=StudyConfig, text=text)
         raise ConfigError(f"{path} is no valid study file:\n{faults}") from error
 
 
