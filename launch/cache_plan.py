@@ -76,11 +76,12 @@ def make_plan(config: RunConfig) -> CachePlan:
         for compression in get_args(Compression)
     }
     size, tokens, samples = storages[chosen].size, statistics.counts.tokens, max(round(statistics.samples), 1)
+    build = config.cache.build
     speed = teacher_speed(
         config.plan,
         parameters=teacher.parameters,
-        tensor_parallel_size=config.cache.build.tensor_parallel_size,
-        num_replicas=config.cache.build.num_replicas,
+        gpus_per_replica=build.tensor_parallel_size * build.pipeline_parallel_size,
+        num_replicas=build.num_replicas,
     )
     readings = stage_readings(
         config.students,

@@ -89,24 +89,24 @@ class BreakEven:
 
 
 def teacher_speed(
-    plan: PlanConfig, *, parameters: int | None, tensor_parallel_size: int, num_replicas: int
+    plan: PlanConfig, *, parameters: int | None, gpus_per_replica: int, num_replicas: int
 ) -> TeacherSpeed:
     """Return the measured speed of the teacher, or the one that its parameters allow.
 
     Args:
         plan: Peak, utilisation, and the measured speed if there is one.
         parameters: Of the whole teacher; needed where the speed was not measured.
-        tensor_parallel_size: GPUs per replica.
+        gpus_per_replica: That share one copy of the teacher, in tensor and in pipeline parallel.
         num_replicas: Copies of the teacher.
     """
     flops = None if parameters is None else float(FLOPS_PER_PARAMETER * parameters)
     speed = plan.tokens_per_s_per_replica
     if speed is None:
         assert flops is not None
-        speed = tensor_parallel_size * plan.gpu_peak_tflop_per_s * TFLOP * plan.utilisation / flops
+        speed = gpus_per_replica * plan.gpu_peak_tflop_per_s * TFLOP * plan.utilisation / flops
     return TeacherSpeed(
         tokens_per_s_per_replica=speed,
-        gpus_per_replica=tensor_parallel_size,
+        gpus_per_replica=gpus_per_replica,
         replicas=num_replicas,
         flops_per_token=flops,
         is_measured=plan.tokens_per_s_per_replica is not None,

@@ -384,6 +384,15 @@ def test_the_worked_example_has_the_sizes_of_the_method(
     assert planned["break_even_epochs"] == pytest.approx(1.03, abs=0.01)
 
 
+@pytest.mark.parametrize("speed", [[], ["--plan.tokens-per-s-per-replica", "10000"]], ids=["estimated", "measured"])
+def test_the_stages_of_a_pipeline_count_as_gpus(
+    speed: list[str], worked_example: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = plan(capsys, worked_example, "--cache.build.pipeline-parallel-size", "2", *speed)
+    assert stages["gpus"] == 64
+    assert stages == plan(capsys, worked_example, "--cache.build.tensor-parallel-size", "16", *speed)
+
+
 def test_the_document_shows_what_the_command_prints(worked_example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "plan", str(worked_example)]) == 0
     (shown,) = re.findall(r"^```text\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
@@ -419,7 +428,7 @@ TIER_BYTES: dict[Any, int] = {"A": 1_000_000, "Q": 9_000_000, "L": 500_000}
 def costs(config: RunConfig, *, students: tuple[RunStudent, ...] | None = None) -> Any:
     """Of a cache with 100 samples of 50 tokens and a replica of 4 GPUs that does 1,000 tokens/s."""
     students = students or config.students
-    speed = teacher_speed(config.plan, parameters=None, tensor_parallel_size=4, num_replicas=2)
+    speed = teacher_speed(config.plan, parameters=None, gpus_per_replica=4, num_replicas=2)
     readings = stage_readings(
         students,
         config.train,
@@ -528,11 +537,11 @@ def test_dropped_question_rows_are_not_read() -> None:
 def test_the_flop_estimate_and_its_override() -> None:
     parameters = 10**9
     assumed = PlanConfig(gpu_peak_tflop_per_s=100.0, utilisation=0.5)
-    speed = teacher_speed(assumed, parameters=parameters, tensor_parallel_size=2, num_replicas=3)
+    speed = teacher_speed(assumed, parameters=parameters, gpus_per_replica=2, num_replicas=3)
     assert speed.tokens_per_s_per_replica == pytest.approx(2 * 50e12 / 2e9)
     assert not speed.is_measured
     measured = PlanConfig(tokens_per_s_per_replica=7.0)
-    speed = teacher_speed(measured, parameters=parameters, tensor_parallel_size=2, num_replicas=3)
+    speed = teacher_speed(measured, parameters=parameters, gpus_per_replica=2, num_replicas=3)
     assert (speed.tokens_per_s_per_replica, speed.is_measured) == (7.0, True)
 
 
