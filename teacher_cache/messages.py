@@ -54,6 +54,8 @@ def _content(content: Any) -> tuple[str | None, ...]:
     parts: list[str | None] = []
     for part in content:
         if part["type"] == "text":
+            if not isinstance(part["text"], str):
+                raise bad_row(f"the text of a content part is {type(part['text']).__name__}; expected text")
             parts.append(part["text"])
         elif part["type"] == "image":
             parts.append(None)

@@ -24,6 +24,7 @@ import pyarrow.parquet
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import DataError, SampleError
 from teacher_cache.messages import bad_row, parse_message, parse_tools
+from teacher_cache.row_images import RowImages, load_ahead, load_images
 from teacher_cache.schema import Message, Sample, SkippedSample
 
 COLUMNS = ("id", "messages", "images", "tools")
@@ -79,9 +80,9 @@ def image_folder(config: DataConfig) -> Path:
 def parse_rows(rows: Iterable[tuple[int, Any]], *, image_root: Path) -> Iterator[tuple[int, Sample | SkippedSample]]:
     """Yield the place of each row with its sample, or with why there is none; an id counts once."""
     seen: set[str] = set()
-    for place, row in rows:
+    for place, row, images in load_ahead(rows, image_root=image_root):
         try:
-            sample = parse_row(row, place=place, image_root=image_root)
+            sample = parse_row(row, place=place, image_root=image_root, loading=images)
             if sample.sample_id in seen:
                 raise SampleError("the id occurs twice", sample_id=sample.sample_id, reason="bad-row")
         except SampleError as error:
@@ -132,7 +133,7 @@ def decode_line(line: bytes) -> Any:
     """Return what a line of a JSON-lines file holds; one that is no JSON comes back as it is, and is no row."""
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line
 
 
@@ -146,36 +147,54 @@ def _parquet_rows(path: Path, *, columns: Collection[str] | None) -> Iterator[An
         raise DataError(f"data file {path} cannot be read as Parquet: {error}") from error
 
 
-def parse_row(row: Any, *, place: int, image_root: Path) -> Sample:
+def parse_row(row: Any, *, place: int, image_root: Path, loading: RowImages | None = None) -> Sample:
     """Turn one row into a Sample; ``place`` names a row without an id in errors.
+
+    Args:
+        row: As it was read.
+        place: Of the row in its file.
+        image_root: Folder that image paths are relative to.
+        loading: Its images, where they were asked for before.
 
     Raises:
         SampleError: The row cannot be used; its ``reason`` says why.
     """
+    try:
+        return _parse_row(row, place=place, image_root=image_root, loading=loading)
+    except RecursionError as error:  # what can be read may still be too deep to be written or shown
+        raise bad_row(f"the row at {place} is nested too deeply", f"row-{place}") from error
+
+
+def _parse_row(row: Any, *, place: int, image_root: Path, loading: RowImages | None) -> Sample:
     if not isinstance(row, Mapping):
         text = row.decode(errors="replace") if isinstance(row, bytes) else str(row)
         kind = type(row).__name__
         raise bad_row(f"the row at {place} is no record but {kind}: {text[:80].rstrip()}", f"row-{place}")
-    name = str(row.get("id") or f"row-{place}")
+    given_id = "" if row.get("id") is None else str(row["id"])
+    name = given_id or f"row-{place}"
     try:
         messages = tuple(parse_message(message) for message in row["messages"])
-        images = tuple(_image_bytes(image, image_root=image_root) for image in row.get("images") or ())
+        loaded = load_images(row, image_root=image_root) if loading is None else loading.result()
         tools = parse_tools(row.get("tools"))
     except SampleError as error:
         raise SampleError(str(error), sample_id=name, reason=error.reason) from error
     except (KeyError, TypeError, AttributeError) as error:
         raise bad_row(f"expected `messages` and `images` in the chat form, found {error!r}", name) from error
+    images = tuple(image.data for image in loaded)
     _check_conversation(messages, images, sample_id=name)
-    digest = content_digest(messages, images, tools=tools)
-    sample_id = str(row.get("id") or digest[:32])
-    return Sample(sample_id=sample_id, messages=messages, images=images, digest=digest, tools=tools)
+    digest = _digest(messages, [image.sha256 for image in loaded], tools=tools)
+    return Sample(sample_id=given_id or digest[:32], messages=messages, images=images, digest=digest, tools=tools)
 
 
 def content_digest(messages: Sequence[Message], images: Sequence[bytes], *, tools: str = "") -> str:
     """Return the SHA-256 (hex) of a conversation: all of its messages, image bytes and tools."""
+    return _digest(messages, [hashlib.sha256(image).hexdigest() for image in images], tools=tools)
+
+
+def _digest(messages: Sequence[Message], image_digests: Sequence[str], *, tools: str) -> str:
     record = {
         "messages": [_digested(message) for message in messages],
-        "images": [hashlib.sha256(image).hexdigest() for image in images],
+        "images": list(image_digests),
         **({"tools": tools} if tools else {}),
     }
     return hashlib.sha256(json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()
@@ -215,34 +234,6 @@ def _digested(message: Message) -> list[Any]:
     calls = [[call.name, call.arguments] for call in message.tool_calls]
     rest = [message.reasoning, calls] if message.reasoning or calls else []
     return [message.role, list(message.content), *rest]
-
-
-def _image_bytes(image: Any, *, image_root: Path) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, Mapping):
-        if image.get("bytes"):
-            return bytes(image["bytes"])
-        image = image.get("path")
-    if not isinstance(image, str) or not image:
-        raise bad_row(f"an image is given as {type(image).__name__}; expected a path, bytes or both in a record")
-    if "://" in image:
-        raise bad_row(f"image {image!r} is a URL: run `genrecal data fetch` first, which makes files of URLs")
-    root = image_root.resolve()
-    try:
-        path = (root / image).resolve()
-    except (ValueError, RuntimeError) as error:  # a null character, a link to itself
-        raise bad_row(f"image {image!r} is no path: {error}") from error
-    if not path.is_relative_to(root):
-        raise bad_row(f"image {image!r} lies outside {image_root}; set `data.image_root` to the folder that holds it")
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-            raise bad_row(f"image {image!r} in {image_root} is no regular file")
-        return path.read_bytes()
-    except OSError as error:
-        raise SampleError(
-            f"image {image!r} in {image_root}: {error.strerror}", sample_id="", reason="missing-image"
-        ) from error
 
 
 def _check_conversation(messages: Sequence[Message], images: Sequence[bytes], *, sample_id: str) -> None:

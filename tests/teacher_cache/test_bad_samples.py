@@ -32,7 +32,7 @@ def image(kind: str, size: tuple[int, int], mode: str = "RGB", **options: Any) -
     return buffer.getvalue()
 
 
-def row(name: str, *, answer: Any = "seven", question: str = "<image>Which digit?", images: Any = ("good.png",)) -> Row:
+def row(name: str, *, answer: Any = "seven", question: Any = "<image>Which digit?", images: Any = ("good.png",)) -> Row:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"id": name, "messages": messages, "images": list(images)}
 
@@ -92,10 +92,14 @@ BAD: dict[str, tuple[Callable[[Path, str], Row | str], str]] = {
     "an answer before any question": (with_row(messages=[{"role": "assistant", "content": "7"}], images=[]), "bad-row"),
     "a content of another kind": (with_text(answer=[{"type": "video", "video": "a.mp4"}]), "bad-row"),
     "a content that is a number": (with_text(answer=7), "bad-row"),
+    "a text part that is a number": (with_text(answer=[{"type": "text", "text": 5}]), "bad-row"),
+    "a text part of null": (with_text(question=[{"type": "text", "text": None}]), "bad-row"),
+    "image bytes that are none": (with_text(images=[{"bytes": [300], "path": None}]), "bad-row"),
     "more tokens than allowed": (with_text(answer="seven " * MAX_LENGTH), "too-long"),
     "the image token in the text": (with_text(question="<image>Which <|image_pad|> digit?"), "bad-row"),
     "a line that is no JSON": (with_line('{"id": "x", "messages": ['), "bad-row"),
     "a line that is a list": (with_line("[1, 2]"), "bad-row"),
+    "a line of 200,000 brackets": (with_line("[" * 200_000), "bad-row"),
     "a line of bytes that are no text": (with_line("\udcff\udcfe"), "bad-row"),
 }
 ODD: dict[str, Callable[[Path, str], Row | str]] = {

@@ -11,7 +11,7 @@ import pytest
 
 from teacher_cache.config import DataConfig
 from teacher_cache.errors import DataError, SampleError
-from teacher_cache.samples import decode_image, read_samples
+from teacher_cache.samples import decode_image, parse_row, read_samples
 from teacher_cache.schema import Message
 
 
@@ -129,6 +129,30 @@ def test_duplicate_ids_are_bad_rows(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [row("same"), row("same", answer="nine")])
     with pytest.raises(DataError, match="the id occurs twice"):
         read_samples(DataConfig(path=str(path)))
+
+
+def test_an_id_is_what_is_given_and_the_digest_where_none_is(tmp_path: Path) -> None:
+    ids = (0, 7, 0.5, "x", "", None)
+    talks = [{**talk({"role": "assistant", "content": f"{number}"}), "id": id_} for number, id_ in enumerate(ids)]
+    samples = read_samples(DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", talks)))).samples
+    given = [sample.sample_id for sample in samples]
+    assert given == ["0", "7", "0.5", "x", samples[4].digest[:32], samples[5].digest[:32]]
+
+
+@pytest.mark.parametrize("where", ["row", "id", "role", "arguments"])
+def test_a_row_that_is_nested_too_deeply_is_bad(where: str) -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    call = {"name": "add", "arguments": {"a": deep if where == "arguments" else 1}}
+    question = {"role": deep if where == "role" else "user", "content": "Sum?"}
+    row = {
+        "id": deep if where == "id" else "x",
+        "messages": [question, {"role": "assistant", "content": "", "tool_calls": [call]}],
+    }
+    with pytest.raises(SampleError, match="the row at 3 is nested too deeply") as raised:
+        parse_row(deep if where == "row" else row, place=3, image_root=Path())
+    assert (raised.value.reason, raised.value.sample_id) == ("bad-row", "row-3")
 
 
 def test_a_truncated_image_is_found_when_decoded() -> None:
