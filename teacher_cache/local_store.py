@@ -103,6 +103,10 @@ class LocalStore:
                 return won
         raise FileNotFoundError(errno.ENOENT, "is removed whenever it is written", str(target))
 
+    def create_content(self, name: str, data: bytes) -> bool:
+        """Give a free name these bytes, as any other."""
+        return self.create(name, data)
+
     def replace(self, name: str, data: bytes) -> None:
         """Give a name these bytes, by a rename."""
         target = self._path(name)
@@ -204,7 +208,8 @@ class LocalStore:
     def _holds(self, name: str, data: bytes) -> bool | None:
         """Tell whether a name that is taken holds these bytes; None when it is free again."""
         try:
-            return self.read(name) == data
+            reader = self.open(name)
+            return reader.size_bytes == len(data) and self.read(name, limit_bytes=len(data)) == data
         except FileNotFoundError:
             return None
 

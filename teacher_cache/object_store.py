@@ -7,9 +7,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from types import TracebackType
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import obstore
@@ -24,97 +22,15 @@ from obstore.exceptions import (
 
 from teacher_cache.errors import CacheError, ConfigError
 from teacher_cache.object_client import TIMEOUT_S, connect, is_forked, plain_message
+from teacher_cache.object_files import PARALLEL_PARTS, PART_BYTES, ObjectReader, ObjectWriter
 from teacher_cache.object_service import ObjectService
-from teacher_cache.storage import DOCUMENT_LIMIT_BYTES, FileEntry, TruncatedFile, check_name, uri_scheme
+from teacher_cache.storage import COPY_BYTES, DOCUMENT_LIMIT_BYTES, FileEntry, check_name, uri_scheme
 
 T = TypeVar("T")
 
-_PART_BYTES = 16 * 1024**2
-_PARALLEL_PARTS = 4
 _CREATE_ATTEMPTS = 5
 _LIST_ATTEMPTS = 5
 _PAUSE_S = 0.2
-
-
-class ObjectReader:
-    """An object; each read is one ranged request."""
-
-    def __init__(self, store: "ObjectStore", name: str) -> None:
-        """Take a name; nothing is asked before the first read."""
-        self._store = store
-        self._name = name
-
-    @cached_property
-    def size_bytes(self) -> int:
-        """Length of the object: one request, when it is asked for."""
-        size = self._store.size(self._name)
-        if size is None:
-            raise FileNotFoundError(errno.ENOENT, "no such object", self._store.path(self._name))
-        return size
-
-    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill the buffers with the bytes from ``offset`` on."""
-        wanted = sum(len(buffer) for buffer in buffers)
-        if not wanted:
-            return
-        data = memoryview(self._store.get_range(self._name, offset=offset, length=wanted))
-        if len(data) != wanted:
-            raise TruncatedFile(errno.EIO, f"gave {len(data)} bytes of {wanted}", self._store.path(self._name))
-        position = 0
-        for buffer in buffers:
-            buffer[:] = data[position : position + len(buffer)]
-            position += len(buffer)
-
-    def prefetch(self, offset: int, length: int) -> None:
-        """Do nothing: a request ahead would be a request more."""
-
-
-class ObjectWriter:
-    """A new object, sent in parts while it is written; it comes into being when it is closed."""
-
-    def __init__(self, store: "ObjectStore", name: str) -> None:
-        """Start the upload with the first bytes."""
-        self._store = store
-        self._name = name
-        self._upload: Any = None
-        self._written = 0
-
-    def write(self, buffers: Sequence[memoryview]) -> None:
-        """Send the buffers."""
-        if self._upload is None:
-            self._upload = self._store.call(
-                self._name,
-                lambda client, path: obstore.open_writer(
-                    client, path, buffer_size=_PART_BYTES, max_concurrency=_PARALLEL_PARTS
-                ),
-            )
-        for buffer in buffers:
-            self._store.call(self._name, lambda *_, buffer=buffer: self._upload.write(buffer))
-            self._written += len(buffer)
-
-    def close(self) -> None:
-        """Finish the upload."""
-        upload, self._upload = self._upload, None
-        if upload is not None:
-            self._store.call(self._name, lambda *_: upload.close())
-
-    def abort(self) -> None:
-        """Drop the upload: an object that was not finished does not exist.
-
-        Its parts stay in the store until a lifecycle rule ends the upload: obstore's writer cannot.
-        """
-        self._upload = None
-
-    def __enter__(self) -> "ObjectWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
 
 
 class ObjectStore:
@@ -143,19 +59,23 @@ class ObjectStore:
         self._service: ObjectService | None = None
 
     def read(self, name: str, *, limit_bytes: int = DOCUMENT_LIMIT_BYTES) -> bytes:
-        """Return a whole object, in one request."""
+        """Return a whole object, in one request; a long one in pieces, since a request ends at the timeout."""
         if (service := self._forked_service()) is not None:
             return bytes(service.ask("read", name, limit_bytes=limit_bytes))
 
-        def get(client: Any, path: str) -> bytes:
+        def get(client: Any, path: str) -> bytes | int:
             answer = obstore.get(client, path)
-            if answer.meta["size"] > limit_bytes:
-                raise OSError(
-                    errno.EFBIG, f"has {answer.meta['size']} bytes, at most {limit_bytes} are expected", self.path(name)
-                )
-            return bytes(answer.bytes())
+            size = int(answer.meta["size"])
+            if size > limit_bytes:
+                raise OSError(errno.EFBIG, f"has {size} bytes, at most {limit_bytes} are expected", self.path(name))
+            return bytes(answer.bytes()) if size <= COPY_BYTES else size  # a longer body is not waited for
 
-        return self.call(name, get)
+        if isinstance(found := self.call(name, get), bytes):
+            return found
+        data, reader = bytearray(found), self.open(name)
+        for offset in range(0, found, COPY_BYTES):
+            reader.read_into(offset, [memoryview(data)[offset : offset + COPY_BYTES]])
+        return bytes(data)
 
     def size(self, name: str) -> int | None:
         """Return the length of an object."""
@@ -168,24 +88,31 @@ class ObjectStore:
             return None
 
     def create(self, name: str, data: bytes) -> bool:
-        """Give a free name these bytes, by a conditional put; a refused one is settled by reading the name."""
-        for attempt in range(_CREATE_ATTEMPTS):
+        """Give a free name these bytes, by a conditional put: one request, of at most 5 GiB on S3."""
+        return self._create(
+            name, data, lambda: self.call(name, lambda client, path: obstore.put(client, path, data, mode="create"))
+        )
+
+    def create_content(self, name: str, data: bytes) -> bool:
+        """Give a free name these bytes; many go up in parts, which no put with a condition does."""
+        if len(data) <= PART_BYTES:
+            return self.create(name, data)
+
+        def put() -> None:
+            if self.size(name) is not None:
+                raise FileExistsError(errno.EEXIST, "exists", self.path(name))
             try:
-                self.call(name, lambda client, path: obstore.put(client, path, data, mode="create"))
-            except FileExistsError:
-                size = self.size(name)
-                if size is not None:
-                    return size == len(data) and self.read(name, limit_bytes=size) == data
-                # two conditional puts at once: both may be refused
-            except (PermissionError, FileNotFoundError):
-                raise
-            except OSError:
-                if attempt == _CREATE_ATTEMPTS - 1:
-                    raise
-            else:
-                return True
-            time.sleep(_PAUSE_S * 2**attempt)
-        raise OSError(errno.EAGAIN, f"could not be created in {_CREATE_ATTEMPTS} tries", self.path(name))
+                self.call(
+                    name,
+                    lambda client, path: obstore.put(
+                        client, path, data, chunk_size=PART_BYTES, max_concurrency=PARALLEL_PARTS
+                    ),
+                )
+            except FileNotFoundError:
+                # what S3 says of an upload that is finished already, after its answer was lost
+                raise OSError(errno.EIO, "there is no such upload any more", self.path(name)) from None
+
+        return self._create(name, data, put)
 
     def replace(self, name: str, data: bytes) -> None:
         """Give a name these bytes, whatever it held."""
@@ -256,6 +183,26 @@ class ObjectStore:
 
     def __reduce__(self) -> tuple[object, ...]:
         return ObjectStore, (self.uri,)
+
+    def _create(self, name: str, data: bytes, put: Callable[[], object]) -> bool:
+        """Put until the name is taken; whether it holds these bytes, only reading it tells."""
+        for attempt in range(_CREATE_ATTEMPTS):
+            try:
+                put()
+            except FileExistsError:
+                size = self.size(name)
+                if size is not None:
+                    return size == len(data) and self.read(name, limit_bytes=size) == data
+                # two conditional puts at once: both may be refused
+            except (PermissionError, FileNotFoundError):
+                raise
+            except OSError:
+                if attempt == _CREATE_ATTEMPTS - 1:
+                    raise
+            else:
+                return True
+            time.sleep(_PAUSE_S * 2**attempt)
+        raise OSError(errno.EAGAIN, f"could not be created in {_CREATE_ATTEMPTS} tries", self.path(name))
 
     def _call_again(self, name: str, request: Callable[[Any, str], T]) -> T:
         """Make a listing, again where its answer breaks off: the client repeats all other requests itself."""

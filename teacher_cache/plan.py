@@ -2,8 +2,9 @@
 
 import base64
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,10 +15,14 @@ from teacher_cache.manifest import Manifest, PlanEntry, StoredModel, parse_model
 from teacher_cache.storage import Store
 
 PLANS: Final = "plans"
+GENERATION_LIMIT_BYTES: Final = 64 * 1024**2
+"""Longest generation that extends a plan: its name does not say its content, so an object store takes it in one put."""
 SHARD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DIGEST_BYTES = 32
+_ENTRY_BYTES, _SAMPLE_BYTES = 64, 44
+"""At most what an entry of a generation takes beside its ids, and a digest in base64."""
 _NAMED = 5
 
 
@@ -112,16 +117,22 @@ def generation_name(number: int, manifest: Manifest) -> str:
 
 
 def append_generation(store: Store, manifest: Manifest, *, stored: Plan, shards: Sequence[PlannedShard]) -> None:
-    """Extend a plan durably.
+    """Extend a plan durably, by as many generations as the shards take.
+
+    Who dies between two of them has extended the cache by a part: the same shards, asked for again, make the rest.
 
     Raises:
-        ConfigError: an id is planned already.
+        ConfigError: an id is planned already, or a shard is too large for a generation.
         CacheMismatch: another builder has added other samples at the same time.
     """
     check_plan([*stored.shards, *shards])
-    name = generation_name(len(stored.generations), manifest)
-    if not store.create(name, _encode(shards, previous=stored.generations[-1].blake3)):
-        raise CacheMismatch(f"another builder planned other samples in {store.uri}/{name}; run the build again")
+    previous = stored.generations[-1].blake3
+    grouped = list(_in_generations(shards))  # whole, before the first of them is written
+    for number, chosen in enumerate(grouped, start=len(stored.generations)):
+        name, data = generation_name(number, manifest), _encode(chosen, previous=previous)
+        if not store.create(name, data):
+            raise CacheMismatch(f"another builder planned other samples in {store.uri}/{name}; run the build again")
+        previous = digest_bytes(data).blake3
 
 
 def read_plan(store: Store, manifest: Manifest) -> Plan:
@@ -168,6 +179,26 @@ def require_samples(stored: Plan, *, asked: dict[str, str], where: str, extend: 
             f"{len(new)} are not stored, first {new[:_NAMED]}; set `cache.build.extend` to add them, or give the run "
             "another cache uri"
         )
+
+
+def _in_generations(shards: Sequence[PlannedShard]) -> Iterator[list[PlannedShard]]:
+    """Yield the shards of one generation after the other."""
+    chosen: list[PlannedShard] = []
+    size = 0
+    for shard in shards:
+        ids = json.dumps([shard.shard_id, shard.sample_ids])
+        length = _ENTRY_BYTES + len(ids) + _SAMPLE_BYTES * len(shard.sample_ids)
+        if length > GENERATION_LIMIT_BYTES:
+            raise ConfigError(
+                f"shard {shard.shard_id}: its {len(shard.sample_ids)} samples take {length} bytes of the plan, an "
+                f"extension takes at most {GENERATION_LIMIT_BYTES}; plan smaller shards"
+            )
+        if size + length > GENERATION_LIMIT_BYTES:
+            yield chosen
+            chosen, size = [], 0
+        chosen.append(shard)
+        size += length
+    yield chosen
 
 
 def _encode(shards: Sequence[PlannedShard], *, previous: str | None) -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
+from teacher_cache.checked_file import checked_file
 from teacher_cache.codec import Layout, decode_targets, load_teacher_head, stored_fields
 from teacher_cache.durable_files import digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError, CacheIncomplete
@@ -18,8 +19,7 @@ from teacher_cache.schema import TIERS, SkippedSample, TeacherHead, TeacherTarge
 from teacher_cache.shard_reader import RowRange, ShardReader
 from teacher_cache.snapshot import latest_snapshot, map_index, read_snapshot, snapshot_name
 from teacher_cache.standing import read_standing
-from teacher_cache.storage import Store, local_file, open_store
-from teacher_cache.stored_digest import require_digest
+from teacher_cache.storage import Store, open_store
 
 _OPEN_SHARDS = 32
 
@@ -198,11 +198,11 @@ class TeacherCache:
         """Return the teacher's output projection, after checking its digest.
 
         Raises:
-            CacheError: the cache was built without one.
+            CacheCorrupt: it is missing or was changed.
+            CacheError: the cache was built without one, or it cannot be read.
         """
         entry = self._head_entry()
-        require_digest(self._store, entry.file, expected=entry.digest, where="teacher head")
-        with local_file(self._store, entry.file) as path:
+        with checked_file(self._store, entry.file, expected=entry.digest, where="teacher head") as path:
             return load_teacher_head(path, vocab_size=entry.vocab_size, hidden_size=entry.hidden_size)
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from typing import Final
 
 from pydantic import JsonValue
 
+from teacher_cache.checked_file import checked_file
 from teacher_cache.documents import encode_document
 from teacher_cache.durable_files import FileDigest, digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError
@@ -19,8 +20,7 @@ from teacher_cache.manifest import LIMIT_BYTES, MANIFEST, Manifest, StoredModel,
 from teacher_cache.plan import PLANS, Plan, generation_name, read_plan
 from teacher_cache.sample_index import SampleIndex
 from teacher_cache.standing import read_standing, standing_revisions, unplanned_records
-from teacher_cache.storage import Store, local_file
-from teacher_cache.stored_digest import require_digest
+from teacher_cache.storage import Store
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +105,10 @@ def map_index(store: Store, snapshot: Snapshot) -> SampleIndex:
 
     Raises:
         CacheCorrupt: it is missing or was changed.
+        CacheError: it cannot be read.
     """
-    require_digest(store, snapshot.index, expected=snapshot.files[snapshot.index], where="index of samples")
-    with local_file(store, snapshot.index) as path:
+    expected = snapshot.files[snapshot.index]
+    with checked_file(store, snapshot.index, expected=expected, where="index of samples") as path:
         return SampleIndex.map_file(path, where=f"{store.uri}/{snapshot.index}")
 
 
@@ -208,9 +209,9 @@ def _publish(
     is_current = previous is not None and previous.files == files
     if is_current and store.size(name) == len(index):
         store.sync(INDEX)
-    elif not store.create(name, index):
+    elif not store.create_content(name, index):
         store.remove(name)  # its name says what it must hold: it was damaged
-        if not store.create(name, index):
+        if not store.create_content(name, index):
             raise CacheCorrupt(f"{store.uri}/{name} holds other bytes than its name says; remove it")
     if is_current:
         return True

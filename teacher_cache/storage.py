@@ -6,10 +6,8 @@ Errors are those of the operating system: FileNotFoundError for a name that is a
 
 import os
 import re
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +20,7 @@ from teacher_cache.errors import CacheCorrupt, ConfigError
 DOCUMENT_LIMIT_BYTES = 2 * 1024**3
 """Longest file that is read whole."""
 COPY_BYTES = 16 * 1024**2
-"""Bytes per request when a whole file is read in pieces."""
+"""Bytes per request when a whole object is read."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _OBJECT_SCHEMES = ("s3", "gs", "az", "memory")
@@ -100,6 +98,12 @@ class Store(Protocol):
         reports that the name is taken although it is ours. So racing contents must hold a nonce.
         """
 
+    def create_content(self, name: str, data: bytes) -> bool:
+        """Do as :meth:`create` for a name that says its content, whatever the length of the data.
+
+        Whoever gives it bytes gives it the same ones, so writing needs no condition; no part of them is ever seen.
+        """
+
     def replace(self, name: str, data: bytes) -> None:
         """Give a name these bytes at once, whatever it held; not durable."""
 
@@ -163,24 +167,6 @@ def require_create(store: Store) -> None:
         store.remove(name)
     if won != [True, False]:
         raise ConfigError(f"{store.uri}: this store takes a second create of one name; caches need it refused")
-
-
-@contextmanager
-def local_file(store: Store, name: str) -> Iterator[Path]:
-    """Give the path of a file that can be mapped into memory: its own, or a temporary copy of an object."""
-    from teacher_cache.local_store import LocalStore
-
-    if isinstance(store, LocalStore):
-        yield store.path(name)
-        return
-    reader = store.open(name)
-    with tempfile.NamedTemporaryFile(prefix="genrecal-") as copy:
-        for offset in range(0, reader.size_bytes, COPY_BYTES):
-            piece = bytearray(min(COPY_BYTES, reader.size_bytes - offset))
-            reader.read_into(offset, [memoryview(piece)])
-            copy.write(piece)
-        copy.flush()
-        yield Path(copy.name)
 
 
 def uri_scheme(uri: str) -> str | None:

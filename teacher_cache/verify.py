@@ -283,11 +283,12 @@ def _check_shards(
             checks[place] = check(plan.shards[place], now)
 
 
-def _extra_names(names: Iterable[str], *, known: set[str], undecided: Sequence[str]) -> Iterator[str]:
+def _extra_names(names: Iterable[str], *, known: set[str], undecided: Iterable[str]) -> Iterator[str]:
+    are_undecided = frozenset(undecided)
     for name in names:
         top, _, rest = name.partition("/")
         attempt = ATTEMPT.fullmatch(rest.partition("/")[0])
-        is_undecided = top == SHARDS and attempt is not None and attempt["shard_id"] in undecided
+        is_undecided = top == SHARDS and attempt is not None and attempt["shard_id"] in are_undecided
         is_transient = top in (STAGING, CLAIMS) and rest
         if name not in known and not is_transient and not is_undecided:
             yield name

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from teacher_cache.checked_file import checked_file
 from teacher_cache.codec import encode_teacher_head, load_teacher_head
 from teacher_cache.config import Compression, RowCodec, Sharing
 from teacher_cache.documents import plain_json
@@ -38,8 +39,7 @@ from teacher_cache.schema import SkippedSample, TeacherHead, TeacherTargets
 from teacher_cache.shard_attempt import ShardAttempt
 from teacher_cache.snapshot import SNAPSHOTS, publish_snapshot
 from teacher_cache.standing import read_record, read_standing, standing_revisions
-from teacher_cache.storage import Store, local_file, open_store, require_create
-from teacher_cache.stored_digest import require_digest
+from teacher_cache.storage import Store, open_store, require_create
 
 logger = logging.getLogger(__name__)
 
@@ -221,8 +221,7 @@ class CacheWriter:
         entry = self.manifest.teacher_head
         if entry is None:
             return None
-        require_digest(self.store, entry.file, expected=entry.digest, where="teacher head")
-        with local_file(self.store, entry.file) as path:
+        with checked_file(self.store, entry.file, expected=entry.digest, where="teacher head") as path:
             return load_teacher_head(path, vocab_size=entry.vocab_size, hidden_size=entry.hidden_size)
 
     @cached_property
@@ -256,7 +255,7 @@ def _create(
             f"{store.uri} holds no cache but other files ({', '.join(foreign[:3])}); give an empty folder"
         )
     plan_bytes, plan_entry = first_generation(plan)
-    if not store.create(plan_entry.file, plan_bytes):
+    if not store.create_content(plan_entry.file, plan_bytes):
         raise CacheError(f"{store.uri}/{plan_entry.file} holds other bytes than its name says; remove it")
     manifest = Manifest(
         identity=identity,
@@ -282,7 +281,7 @@ def _store_head(store: Store, head: TeacherHead) -> HeadEntry:
     data = encode_teacher_head(head)
     digest = digest_bytes(data)
     name = f"teacher_head-{digest.blake3[:16]}.safetensors"
-    if not store.create(name, data):
+    if not store.create_content(name, data):
         raise CacheError(f"{store.uri}/{name} holds other bytes than its name says; remove it and build again")
     vocab_size, hidden_size = head.weight.shape
     return HeadEntry(file=name, digest=digest, vocab_size=vocab_size, hidden_size=hidden_size)

@@ -23,3 +23,14 @@ def test_a_folder_is_removed_whose_writer_has_not_noticed(tmp_path: Path, monkey
     LocalStore(tmp_path).remove("shards/00000-attempt")
     assert not late
     assert not folder.exists()
+
+
+def test_a_name_that_is_taken_is_settled_whatever_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path)
+    defaults = LocalStore.read.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "limit_bytes", 10)
+    assert store.create_content("index/a", b"a long index")
+    assert store.create_content("index/a", b"a long index")
+    assert not store.create_content("index/a", b"a long_index")
+    assert not store.create_content("index/a", b"a longer index")

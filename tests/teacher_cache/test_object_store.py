@@ -17,7 +17,7 @@ import obstore
 import pytest
 from obstore.exceptions import GenericError
 
-from teacher_cache import TeacherCache, object_client, object_store, open_cache
+from teacher_cache import TeacherCache, object_client, object_files, object_store, open_cache
 from teacher_cache.errors import CacheCorrupt, CacheError, ConfigError
 from teacher_cache.gc import collect_garbage
 from teacher_cache.object_store import ObjectStore
@@ -129,8 +129,8 @@ def end_uploads(client: Any) -> int:
 
 
 def test_a_rule_for_unfinished_uploads_is_needed_and_harmless(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_store, "_PART_BYTES", 5 * 2**20)
-    part = memoryview(bytes(object_store._PART_BYTES))
+    monkeypatch.setattr(object_files, "PART_BYTES", 5 * 2**20)
+    part = memoryview(bytes(object_files.PART_BYTES))
     client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3.port}")
     operations = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     rules = json.loads(operations.partition("```json\n")[2].partition("```")[0])

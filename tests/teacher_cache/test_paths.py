@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from teacher_cache import open_cache
+from teacher_cache.checked_file import checked_file
+from teacher_cache.durable_files import digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError, ConfigError, SampleError
 from teacher_cache.gc import collect_garbage
 from teacher_cache.inspect import cache_status
 from teacher_cache.repair import repair_cache
 from teacher_cache.samples import parse_row
 from teacher_cache.schema import TeacherTargets
-from teacher_cache.storage import Store, local_file, open_store
+from teacher_cache.storage import Store, open_store
 from teacher_cache.verify import verify_cache
 from tests.reliability.processes import quick_folder
 from tests.teacher_cache.assault import Attack, assault
@@ -30,11 +32,12 @@ STORE_CALLS: dict[str, Callable[[Store, str], object]] = {
     "size": lambda store, name: store.size(name),
     "open": lambda store, name: store.open(name).size_bytes,
     "create": lambda store, name: store.create(name, b"new"),
+    "create content": lambda store, name: store.create_content(name, b"new"),
     "replace": lambda store, name: store.replace(name, b"new"),
     "write": lambda store, name: write(store, name),
     "list": lambda store, name: list(store.list(name)),
     "folders": lambda store, name: store.folders(name),
-    "map": lambda store, name: local_file(store, name).__enter__(),
+    "map": lambda store, name: checked_file(store, name, expected=digest_bytes(b""), where="a file").__enter__(),
     "sync": lambda store, name: store.sync(name),
 }
 URI_CALLS: tuple[Callable[[str], object], ...] = (
