@@ -2,90 +2,24 @@
 
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, TypeGuard
 
 from teacher_cache.build_metrics import BuildMetrics
 from teacher_cache.build_placement import ReplicaPlacement
 from teacher_cache.config import BuildConfig
 from teacher_cache.errors import CacheError, GenrecalError, TeacherError
+from teacher_cache.node_failures import NodeFailures
+from teacher_cache.pool_work import Piece, PieceQueue, Work
 from teacher_cache.progress import PieceProgress, Progress
 
 logger = logging.getLogger(__name__)
 
-Piece = TypeVar("Piece")
-GivenPiece = TypeVar("GivenPiece", contravariant=True)
-
 POLL_S: Final = 0.5
 WAIT_NOTICE_S: Final = 60.0
-
-
-class PieceQueue(Generic[Piece]):
-    """The pieces that nobody works on."""
-
-    def __init__(self, pieces: Iterable[Piece]) -> None:
-        self.pieces = deque(pieces)
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def take(self) -> Piece | None:
-        """Take the next piece; None while there is none to work on."""
-        return self.pieces.popleft() if self.pieces else None
-
-    def put_back(self, piece: Piece, *, last: bool = False) -> None:
-        """Have a piece tried again: next, or behind all others."""
-        if last:
-            self.pieces.append(piece)
-        else:
-            self.pieces.appendleft(piece)
-
-    def drop_done_elsewhere(self) -> int:
-        """Forget the pieces that others have done; return the number of their samples."""
-        return 0
-
-
-class Work(Protocol[GivenPiece]):
-    """What a pool does."""
-
-    unit: str
-    """What a piece is called."""
-
-    def start_actor(self) -> Any:
-        """Return a new actor whose ``ready`` ends once Ray has placed it."""
-        ...
-
-    def begin(self, actor: Any, piece: GivenPiece) -> Any:
-        """Return the stream of an actor's signs: any number of PieceProgress, then a result with ``tokens``."""
-        ...
-
-    def num_samples(self, piece: GivenPiece) -> int:
-        """Return the samples of a piece."""
-        ...
-
-    def name(self, piece: GivenPiece) -> str:
-        """Return how messages call a piece."""
-        ...
-
-    def finish(self, piece: GivenPiece, result: Any) -> None:
-        """Take in a piece that is done."""
-        ...
-
-    def give_up(self, piece: GivenPiece) -> None:
-        """Let go of a piece that failed too often."""
-        ...
-
-    def figures(self) -> dict[str, int]:
-        """Return what progress shows beside the rate and the missing pieces."""
-        ...
-
-    def check_stop(self, *, num_missing: int) -> None:
-        """Raise where the work is to end early."""
-        ...
 
 
 @dataclass(kw_only=True)
@@ -112,8 +46,9 @@ class _Attempt(Generic[Piece]):
 class ActorPool(Generic[Piece]):
     """Hands out pieces to ``num_replicas`` actors until all are done or given up.
 
-    An engine that does not start costs its node, not the piece: after ``max_attempts`` such starts in a row no further
-    actor goes to the node.
+    An engine that does not start costs its node, not the piece, whatever the error: the node may lack what others have.
+    After ``max_attempts`` such starts in a row no further actor goes to the node, nor after as many attempts at pieces
+    that failed there in a row while other nodes did theirs.
     """
 
     def __init__(
@@ -138,10 +73,13 @@ class ActorPool(Generic[Piece]):
         self._idle: list[_Replica] = []
         self._running: dict[Any, _Attempt[Piece]] = {}
         self._attempts: Counter[str] = Counter()
-        self._failed_starts: Counter[str] = Counter()
-        """By node, in a row."""
+        self._nodes = NodeFailures(allowed=build.max_attempts)
         self._failed_placings = 0
         self._start_error: BaseException | None = None
+        self._start_node = ""
+        """Where that was, as messages say it."""
+        self._attempt_error: tuple[str, BaseException] | None = None
+        """Of the attempt that failed last: what it was at, and where."""
         self._started = self._notice = self._looked_s = time.monotonic()
         self.failures: dict[str, BaseException] = {}
         """Names of pieces that failed ``max_attempts`` times, with their last error."""
@@ -159,7 +97,7 @@ class ActorPool(Generic[Piece]):
         """Work until no piece is left but those in ``failures``.
 
         Raises:
-            TeacherError: A piece failed ``max_attempts`` times and no other was done, or engines start nowhere.
+            TeacherError: Attempts failed everywhere and no piece was done, or engines start nowhere.
             GenrecalError: What another attempt cannot mend, or a request to stop.
         """
         try:
@@ -185,18 +123,24 @@ class ActorPool(Generic[Piece]):
             self._starting[actor.ready.remote()] = actor
         # those that wait for a place wait in vain where every node is avoided
         if not (self._idle or self._running) and not (self._starting and self._placement.has_place()):
-            raise TeacherError(
-                f"no replica starts on any node, {self.num_missing} {self._work.unit}(s) are missing; the last start "
-                f"failed with: {self._start_error}. Engine logs are in {self._log_dir}"
+            # an error of ours keeps its class, and so its exit code: a job that is submitted may stop at it
+            kind = type(self._start_error) if _is_final(self._start_error) else TeacherError
+            raise kind(
+                f"no replica starts on any node, {self.num_missing} {self._work.unit}(s) are missing; "
+                f"{self._start_node}the last start failed with: {self._start_error}. Engine logs are in {self._log_dir}"
             ) from self._start_error
 
     def _hand_out(self) -> None:
-        if self.failures and not self.finished:
-            return  # whether any piece can be done is told by those that are being tried
-        while self._idle and (piece := self._queue.take()) is not None:
-            replica = self._idle.pop()
+        for replica in [replica for replica in reversed(self._idle) if self._may_work(replica)]:
+            if (piece := self._queue.take()) is None:
+                return
             stream = self._work.begin(replica.actor, piece)
+            self._idle.remove(replica)
             self._running[stream] = _Attempt(replica=replica, piece=piece, last_sign_s=time.monotonic())
+
+    def _may_work(self, replica: _Replica) -> bool:
+        """Tell whether a replica gets pieces: until one was done, not where attempts fail; those that run will tell."""
+        return self.finished > 0 or (not self.failures and self._nodes.may_work(replica.node))
 
     def _wait(self, bar: Progress) -> None:
         """Take in what actors have told: all of it, since a driver that was held up has many signs to read."""
@@ -228,7 +172,7 @@ class ActorPool(Generic[Piece]):
             logger.warning("a replica died before it had work: %s", error)
             self._placement.stop(actor)
             self._failed_placings += 1
-            self._start_error = error
+            self._start_error, self._start_node = error, ""
         else:
             self._failed_placings = 0
             self._idle.append(_Replica(actor=actor, node=node))
@@ -244,13 +188,14 @@ class ActorPool(Generic[Piece]):
         attempt.last_sign_s = time.monotonic()
         if not attempt.replica.has_engine:
             attempt.replica.has_engine = True
-            self._failed_starts[attempt.replica.node] = 0
+            self._nodes.start_succeeded(attempt.replica.node)
         if isinstance(sign, PieceProgress):
             self._advance(attempt, bar, samples=sign.samples, tokens=sign.tokens)
             return
         del self._running[stream]
         self._idle.append(attempt.replica)
         self.finished += 1
+        self._nodes.attempt_succeeded(attempt.replica.node)
         self._failed_placings = 0
         self._advance(attempt, bar, samples=self._work.num_samples(attempt.piece), tokens=sign.tokens)
         self._work.finish(attempt.piece, sign)
@@ -285,41 +230,42 @@ class ActorPool(Generic[Piece]):
         if self._metrics is not None:
             self._metrics.failed()
         self._placement.stop(attempt.replica.actor)
-        # a CacheError proper is a refused write; its subclasses, as other errors of ours, stay when tried again
-        retryable = not isinstance(error, GenrecalError) or type(error) in (TeacherError, CacheError)
-        if not retryable:
+        node = attempt.replica.node
+        if not attempt.replica.has_engine:
+            self._start_error, self._start_node = error, f"on node {node} "
+            if self._nodes.start_failed(node, error):
+                self._placement.avoid(node)
+            self._queue.put_back(attempt.piece)
+            return
+        unit, name = self._work.unit, self._work.name(attempt.piece)
+        if _is_final(error):
+            logger.error("%s %s on node %s ends the work: %s", unit, name, node, error)
             raise error
-        if attempt.replica.has_engine:
-            self._attempt_failed(attempt.piece, error)
-        else:
-            self._start_failed(attempt.replica.node, error)
-            self._queue.put_back(attempt.piece, last=True)  # should its data be what kills actors, others come first
-
-    def _attempt_failed(self, piece: Piece, error: BaseException) -> None:
-        unit, name, allowed = self._work.unit, self._work.name(piece), self._build.max_attempts
         self._attempts[name] += 1
-        logger.warning("%s %s: attempt %d of %d failed: %s", unit, name, self._attempts[name], allowed, error)
-        if self._attempts[name] < allowed:
-            self._queue.put_back(piece)
+        failed, allowed = self._attempts[name], self._build.max_attempts
+        logger.warning("%s %s on node %s: attempt %d of %d failed: %s", unit, name, node, failed, allowed, error)
+        self._attempt_error = f"{unit} {name} on node {node}", error
+        if self._nodes.attempt_failed(node):
+            self._placement.avoid(node)
+        if failed < allowed:
+            self._queue.put_back(attempt.piece)
         else:
             self.failures[name] = error
-            self._work.give_up(piece)
-
-    def _start_failed(self, node: str, error: BaseException) -> None:
-        self._start_error = error
-        self._failed_starts[node] += 1
-        failed, allowed = self._failed_starts[node], self._build.max_attempts
-        logger.warning("start %d of %d of an engine on node %s failed: %s", failed, allowed, node, error)
-        if failed == allowed:
-            self._placement.avoid(node)
-            logger.warning("no further replica goes to node %s", node)
+            self._work.give_up(attempt.piece)
 
     def _check_any_finished(self) -> None:
-        """Raise TeacherError where a piece failed for good, none was done, and none is being tried."""
-        if self.failures and not self.finished and not self._running:
-            name, error = next(iter(self.failures.items()))
-            unit, attempts = self._work.unit, self._build.max_attempts
+        """Raise TeacherError where no piece was done and none can be tried any more."""
+        if self.finished or self._running or self._attempt_error is None:
+            return
+        if self.failures or (self._idle and not any(self._may_work(replica) for replica in self._idle)):
+            where, error = self._attempt_error
             raise TeacherError(
-                f"no {unit} was finished; {unit} {name} failed {attempts} times, the last time with: {error}. Engine "
-                f"logs are in {self._log_dir}"
+                f"no {self._work.unit} was finished in {self._attempts.total()} attempts, of which the last, {where}, "
+                f"failed with: {error}. Engine logs are in {self._log_dir}"
             ) from error
+
+
+def _is_final(error: BaseException | None) -> TypeGuard[GenrecalError]:
+    """Tell whether no further attempt can mend an error."""
+    # a CacheError proper is a refused write; its subclasses, as other errors of ours, stay when tried again
+    return isinstance(error, GenrecalError) and type(error) not in (TeacherError, CacheError)

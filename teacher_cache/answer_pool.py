@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from teacher_cache.actor_pool import ActorPool, PieceQueue
+from teacher_cache.actor_pool import ActorPool
 from teacher_cache.answer_job import AnswerJob
 from teacher_cache.answer_writing import AnswerWriter, WrittenPart
 from teacher_cache.answers_config import AnswersConfig
@@ -16,7 +16,9 @@ from teacher_cache.build_placement import ReplicaPlacement
 from teacher_cache.chat import load_processor
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import DataIncomplete
+from teacher_cache.pool_work import PieceQueue
 from teacher_cache.progress import PieceProgress, progress
+from teacher_cache.samples_ahead import read_patiently
 from teacher_cache.schema import Sample
 from teacher_cache.teacher_checkpoint import checkpoint_directory
 
@@ -51,7 +53,8 @@ class AnswerWork:
 
     def begin(self, actor: Any, piece: int) -> Any:
         """Have an actor write a part."""
-        return actor.write.options(num_returns="streaming").remote(self._job.read(piece))
+        samples = read_patiently(lambda: self._job.read(piece), what=f"part {piece}")
+        return actor.write.options(num_returns="streaming").remote(samples)
 
     def num_samples(self, piece: int) -> int:
         """Return the samples of a part."""

@@ -4,13 +4,13 @@ import logging
 import os
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from teacher_cache.actor_pool import ActorPool, PieceQueue
+from teacher_cache.actor_pool import ActorPool
 from teacher_cache.build_job import BuildJob, StopRequest
 from teacher_cache.build_metrics import BuildMetrics
 from teacher_cache.build_placement import ReplicaPlacement
@@ -19,7 +19,9 @@ from teacher_cache.config import CacheConfig
 from teacher_cache.errors import CacheError, CacheIncomplete
 from teacher_cache.ledger import record_name
 from teacher_cache.plan import PlannedShard
+from teacher_cache.pool_work import PieceQueue
 from teacher_cache.progress import PieceProgress, progress
+from teacher_cache.samples_ahead import SamplesAhead
 from teacher_cache.schema import Sample
 from teacher_cache.shard_worker import ShardReport, ShardWorker
 from teacher_cache.spot_check import ReferenceRows
@@ -30,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 LOOKS_PER_LEASE: Final = 10
 """How often per lease a shard that another builder has claimed is looked at."""
+REFUSALS: Final = 30
+"""How often in a row the store may refuse a step before that ends the build."""
+REFUSAL_PAUSE_S: Final = 10.0
+"""Until shards are taken again."""
 
 
 class ShardQueue(PieceQueue[PlannedShard]):
@@ -45,34 +51,73 @@ class ShardQueue(PieceQueue[PlannedShard]):
         self._taken: set[str] = set()
         """What our own actors may have committed is theirs to report."""
         self._dropped_samples = 0
-        self._revisions = standing_revisions(writer.store)
-        self._drop_done()  # the reference of the spot check took its time
+        self._refusals: Counter[str] = Counter()
+        self._next_take = 0.0
+        self._revisions: dict[str, int] = {}
+        try:
+            self._revisions = standing_revisions(writer.store)
+            self._drop_done()  # the reference of the spot check took its time
+        except CacheError as error:
+            self._refused("look for commits", error)
 
     def take(self) -> PlannedShard | None:
-        """Take the next shard that no other builder has claimed or committed; claims are looked at again later."""
-        for _ in range(len(self.pieces)):
-            shard = self.pieces.popleft()
-            if time.monotonic() >= self._look_again.get(shard.shard_id, 0.0):
-                if self._claims.take(shard.shard_id):
-                    # a claim is free again once its shard is committed
-                    if shard.shard_id in self._taken or self._is_missing(shard):
-                        self._taken.add(shard.shard_id)
-                        return shard
-                    self._claims.release(shard.shard_id)
-                    self.pieces.append(shard)
-                    self._drop_done()
-                    return self.take()
-                self._look_again[shard.shard_id] = time.monotonic() + self._interval_s
-            self.pieces.append(shard)
-        return None
+        """Take the next shard that no other builder has claimed or committed; claims are looked at again later.
+
+        So is a store that refuses it: a claim saves work and decides nothing.
+
+        Raises:
+            CacheError: It has refused ``REFUSALS`` times in a row, or what lies there is damaged.
+        """
+        if time.monotonic() < self._next_take:
+            return None
+        try:
+            shard = self._take_free()
+        except CacheError as error:
+            self._refused("take a shard", error)
+            self._next_take = time.monotonic() + REFUSAL_PAUSE_S
+            return None
+        self._refusals["take a shard"] = 0
+        return shard
+
+    def upcoming(self) -> PlannedShard | None:
+        """Return the shard that is likely taken next, without a look at the store."""
+        now = time.monotonic()
+        return next((shard for shard in self.pieces if now >= self._look_again.get(shard.shard_id, 0.0)), None)
 
     def drop_done_elsewhere(self) -> int:
         """Forget the shards that other builders have committed; return the number of their samples."""
         if time.monotonic() >= self._next_look and any(shard.shard_id in self._look_again for shard in self.pieces):
             self._next_look = time.monotonic() + self._interval_s
-            self._drop_done()
+            try:
+                self._drop_done()
+                self._refusals["look for commits"] = 0
+            except CacheError as error:
+                self._refused("look for commits", error)
         dropped, self._dropped_samples = self._dropped_samples, 0
         return dropped
+
+    def _take_free(self) -> PlannedShard | None:
+        for _ in range(len(self.pieces)):
+            shard = self.pieces[0]
+            if time.monotonic() >= self._look_again.get(shard.shard_id, 0.0):
+                if self._claims.take(shard.shard_id):
+                    # a claim is free again once its shard is committed
+                    if shard.shard_id in self._taken or self._is_missing(shard):
+                        self._taken.add(shard.shard_id)
+                        return self.pieces.popleft()
+                    self._claims.release(shard.shard_id)
+                    self._drop_done()
+                    return self._take_free()
+                self._look_again[shard.shard_id] = time.monotonic() + self._interval_s
+            self.pieces.rotate(-1)
+        return None
+
+    def _refused(self, step: str, error: CacheError) -> None:
+        """Raise the error of a step unless it may pass."""
+        self._refusals[step] += 1
+        if type(error) is not CacheError or self._refusals[step] >= REFUSALS:
+            raise error
+        logger.warning("cannot %s, attempt %d of %d: %s", step, self._refusals[step], REFUSALS, error)
 
     def _is_missing(self, shard: PlannedShard) -> bool:
         """Tell whether a shard is still not committed; records are listed only where there is a new one."""
@@ -109,6 +154,7 @@ class BuildWork:
         placement: ReplicaPlacement,
         metrics: BuildMetrics,
         references: Mapping[str, ReferenceRows],
+        samples: SamplesAhead,
     ) -> None:
         self._job = job
         self._stop = stop
@@ -116,6 +162,7 @@ class BuildWork:
         self._placement = placement
         self._metrics = metrics
         self._references = references
+        self._samples = samples
 
     def start_actor(self) -> Any:
         """Return a new actor."""
@@ -124,7 +171,7 @@ class BuildWork:
     def begin(self, actor: Any, piece: PlannedShard) -> Any:
         """Have an actor build a shard."""
         chosen = [self._references[id_] for id_ in piece.sample_ids if id_ in self._references]
-        return actor.build.options(num_returns="streaming").remote(piece.shard_id, self._job.read(piece), chosen)
+        return actor.build.options(num_returns="streaming").remote(piece.shard_id, self._samples.take(piece), chosen)
 
     def num_samples(self, piece: PlannedShard) -> int:
         """Return the samples of a shard."""
@@ -176,17 +223,22 @@ def build_shards(
         GenrecalError: What a retry cannot mend.
     """
     build = job.config.build
-    pool = ActorPool(
-        BuildWork(job, stop=stop, claims=claims, placement=placement, metrics=metrics, references=references),
-        ShardQueue(missing, writer=job.writer, claims=claims, lease_s=build.lease_s),
-        build=build,
-        placement=placement,
-        ray=ray,
-        log_dir=job.log_dir,
-        metrics=metrics,
-    )
-    samples = sum(len(shard.sample_ids) for shard in missing)
-    with progress(total=samples, unit="sample", description="cache build") as bar:
+    queue = ShardQueue(missing, writer=job.writer, claims=claims, lease_s=build.lease_s)
+    total = sum(len(shard.sample_ids) for shard in missing)
+    with (
+        SamplesAhead(job.read, upcoming=queue.upcoming) as samples,
+        progress(total=total, unit="sample", description="cache build") as bar,
+    ):
+        work = BuildWork(
+            job,
+            stop=stop,
+            claims=claims,
+            placement=placement,
+            metrics=metrics,
+            references=references,
+            samples=samples,
+        )
+        pool = ActorPool(work, queue, build=build, placement=placement, ray=ray, log_dir=job.log_dir, metrics=metrics)
         pool.run(bar)
     if pool.failures:
         lines = "\n".join(f"  {shard_id}: {error}" for shard_id, error in pool.failures.items())

@@ -64,6 +64,13 @@ class TeacherError(GenrecalError):
     code = "teacher"
 
 
+class SpotCheckMismatch(TeacherError):
+    """Targets differ from what plain transformers computes: no further attempt mends that."""
+
+    code = "spot-check-mismatch"
+    exit_code = 4
+
+
 class CacheError(GenrecalError):
     """Base of the errors about a stored cache."""
 

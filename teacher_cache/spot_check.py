@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from teacher_cache.config import Dtype
-from teacher_cache.errors import TeacherError
+from teacher_cache.errors import SpotCheckMismatch
 from teacher_cache.schema import Span, TeacherTargets
 
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
@@ -80,15 +80,15 @@ def compare_with_reference(found: TeacherTargets, reference: ReferenceRows, *, t
     """Compare a sample's targets with those of the reference.
 
     Raises:
-        TeacherError: Their tokens differ, or their hidden states by more than ``tolerance`` (relative L2).
+        SpotCheckMismatch: Their tokens differ, or their hidden states by more than ``tolerance`` (relative L2).
     """
     where = f"spot check of sample {found.sample_id}"
     if found.spans != reference.spans or not torch.equal(found.token_ids.long(), reference.token_ids.long()):
-        raise TeacherError(f"{where}: the engine saw other tokens or answer spans than plain transformers does")
+        raise SpotCheckMismatch(f"{where}: the engine saw other tokens or answer spans than plain transformers does")
     expected = reference.rows.double()
     distance = float((found.hidden_states[reference.places].double() - expected).norm() / expected.norm())
     if not distance <= tolerance:
-        raise TeacherError(
+        raise SpotCheckMismatch(
             f"{where}: its hidden states differ from those of plain transformers by {distance:.3g} (relative L2), "
             f"expected at most {tolerance:g}; compare the versions of the engine and of transformers, the dtype and "
             "the image processing, or raise `cache.build.spot_check_tolerance` if the difference is understood"

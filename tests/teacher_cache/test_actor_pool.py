@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from teacher_cache import actor_pool
-from teacher_cache.actor_pool import ActorPool, PieceQueue
+from teacher_cache.actor_pool import ActorPool
 from teacher_cache.config import BuildConfig
-from teacher_cache.errors import TeacherError
+from teacher_cache.errors import CacheMismatch, ConfigError, GenrecalError, SpotCheckMismatch, TeacherError
+from teacher_cache.pool_work import PieceQueue
 from teacher_cache.progress import PieceProgress
 
 START_S, SHARD_S = 600, 600
@@ -94,6 +95,14 @@ def fails_at_work(actor: "Actor", piece: int) -> list[tuple[float, Any]]:
 
 def fails_to_start(actor: "Actor", piece: int) -> list[tuple[float, Any]]:
     return [(20, RayTaskError(TeacherError("uncorrectable ECC error")))]
+
+
+def breaks_down(actor: "Actor", piece: int) -> list[tuple[float, Any]]:
+    return [(START_S, SIGN), (START_S + 60, RayTaskError(RuntimeError("uncorrectable ECC error")))]
+
+
+def has_no_model(actor: "Actor", piece: int) -> list[tuple[float, Any]]:
+    return [(5, RayTaskError(ConfigError("the teacher is no directory")))]
 
 
 @dataclass(eq=False)
@@ -266,8 +275,54 @@ def test_a_shard_that_fails_first_waits_for_those_that_are_being_built(monkeypat
 
 
 def test_shards_that_all_fail_end_the_work_before_each_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TeacherError, match=r"no shard was finished; shard \d failed 3 times, .*: a shifted row"):
+    with pytest.raises(TeacherError, match=r"no shard was finished in [3-6] attempts, .*: a shifted row"):
         run(monkeypatch, ["a"] * 4, {"a": fails_at_work}, pieces=90, replicas=4)
+
+
+def test_a_gpu_that_breaks_down_at_work_costs_its_node_and_no_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = [f"node-{number}" for number in range(15)]
+    behaviours: dict[str, Behaviour] = {"bad": breaks_down, **dict.fromkeys(good, builds)}
+    pool, work = run(monkeypatch, ["bad", *good], behaviours, pieces=160, replicas=16)
+    assert sorted(work.done) == list(range(160))
+    assert not pool.failures
+    assert work.cluster.avoided == {"bad"}
+    assert work.handed_out - len(work.done) <= 4, "three attempts in a row, and one until others were done"
+
+
+def test_shards_that_fail_everywhere_cost_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    def some_fail(actor: Actor, piece: int) -> list[tuple[float, Any]]:
+        return breaks_down(actor, piece) if piece in range(4, 8) else builds(actor, piece)
+
+    pool, work = run(monkeypatch, ["a"], {"a": some_fail}, pieces=12, replicas=1)
+    assert sorted(work.done) == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert sorted(pool.failures) == ["4", "5", "6", "7"]
+    assert work.cluster.avoided == set()
+
+
+def test_a_node_without_the_model_costs_its_replica_and_no_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    behaviours: dict[str, Behaviour] = {"bad": has_no_model, "good": builds}
+    pool, work = run(monkeypatch, ["bad", "good"], behaviours, pieces=9, replicas=2)
+    assert sorted(work.done) == list(range(9))
+    assert not pool.failures
+    assert work.cluster.avoided == {"bad"}
+
+
+def test_a_model_that_no_node_has_ends_the_work_with_the_error_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    behaviours: dict[str, Behaviour] = {"a": has_no_model, "b": has_no_model}
+    with pytest.raises(ConfigError, match=r"9 shard.* on node [ab] the last start failed with: the teacher is no dir"):
+        run(monkeypatch, ["a", "b"], behaviours, pieces=9, replicas=2)
+
+
+@pytest.mark.parametrize("kind", [CacheMismatch, SpotCheckMismatch])
+def test_what_no_attempt_mends_ends_the_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: type[GenrecalError]
+) -> None:
+    def differs(actor: Actor, piece: int) -> list[tuple[float, Any]]:
+        return [(1, SIGN), (2, RayTaskError(kind("other states")))] if piece == 5 else builds(actor, piece)
+
+    with pytest.raises(kind, match="other states"):
+        run(monkeypatch, ["a"], {"a": differs}, pieces=9, replicas=1)
+    assert "shard 5 on node a ends the work: other states" in caplog.text
 
 
 def test_a_driver_that_was_held_up_reads_all_signs_before_it_judges(

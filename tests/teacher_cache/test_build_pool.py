@@ -1,8 +1,10 @@
 """The pool of a build with actors that misbehave, under a real Ray, and the spot check of a shard."""
 
 import dataclasses
+import errno
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from teacher_cache import open_cache, shard_worker
+from teacher_cache import build_pool, open_cache, shard_worker
 from teacher_cache.build import import_ray, start_ray
 from teacher_cache.build_job import BuildJob, StopRequest
 from teacher_cache.build_metrics import BuildMetrics
 from teacher_cache.build_placement import ReplicaPlacement, replica_resources
 from teacher_cache.build_plan import open_builder
-from teacher_cache.build_pool import ShardQueue, build_shards
+from teacher_cache.build_pool import LOOKS_PER_LEASE, REFUSAL_PAUSE_S, REFUSALS, ShardQueue, build_shards
 from teacher_cache.claims import Claims
 from teacher_cache.config import BuildConfig, CacheConfig
-from teacher_cache.errors import ConfigError, DataError, TeacherError
+from teacher_cache.errors import CacheError, ConfigError, DataError, SpotCheckMismatch, TeacherError
 from teacher_cache.progress import PieceProgress
 from teacher_cache.repair import repair_cache
 from teacher_cache.sample_file import SampleFile, scan_samples
@@ -93,9 +95,9 @@ def build_job(config: CacheConfig, *, log_dir: Path) -> Iterator[BuildJob]:
         )
 
 
-def run_pool(config: CacheConfig, *, stuck: list[int], log_dir: Path) -> tuple[BuildJob, Placement]:
+def run_pool(config: CacheConfig, *, first: list[tuple[Any, ...]], log_dir: Path) -> tuple[BuildJob, Placement]:
     ray = import_ray()
-    placement = Placement(ray, config, first=[(StuckActor, signs) for signs in stuck])
+    placement = Placement(ray, config, first=first)
     with build_job(config, log_dir=log_dir) as job, Claims(job.writer.store, lease_s=60) as claims:
         build_shards(
             job,
@@ -129,7 +131,90 @@ def test_a_builder_takes_no_shard_that_another_has_committed(tmp_path: Path) -> 
 
         commit(writer, missing[2], samples)
         queues[1].put_back(missing[2])
-        assert queues[1].take() == missing[2], "whose answer was lost: its worker reports it"
+        assert [queues[1].take() for _ in range(3)][-1] == missing[2], "whose answer was lost: its worker reports it"
+
+
+class RefusingStore:
+    """A store that refuses some steps so many times."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.left: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        if self.left[name] > 0:
+            self.left[name] -= 1
+            raise OSError(errno.EIO, "Input/output error", name)
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize("step", ["size", "create"])
+def test_a_store_that_refuses_a_claim_is_asked_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(build_pool, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    writer = open_store_builder(tmp_path / "cache", make_samples(3), per_shard=1)
+    missing = writer.missing_shards()
+    store: Any = RefusingStore(writer.store)
+    with Claims(store, lease_s=60) as claims:
+        queue = ShardQueue(missing, writer=writer, claims=claims, lease_s=60)
+        store.left[step] = 1
+        assert (queue.take(), queue.take(), len(queue)) == (None, None, 3)
+        assert store.left[step] == 0
+        assert "cannot take a shard, attempt 1 of 30: shard 00000: cannot claim it" in caplog.text
+        clock[0] += REFUSAL_PAUSE_S
+        assert queue.take() == missing[0]
+
+        store.left[step] = 2 * REFUSALS
+        for _ in range(REFUSALS - 1):
+            assert queue.take() is None
+            clock[0] += REFUSAL_PAUSE_S
+        with pytest.raises(CacheError, match="cannot claim it"):
+            queue.take()
+        store.left[step] = 0
+
+
+def test_commits_that_cannot_be_listed_are_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(build_pool, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    samples = make_samples(2)
+    writer = open_store_builder(tmp_path / "cache", samples, per_shard=1)
+    missing = writer.missing_shards()
+    store: Any = RefusingStore(writer.store)
+    refused = open_store_builder(tmp_path / "cache", samples, per_shard=1)
+    monkeypatch.setitem(refused.__dict__, "store", store)
+    with Claims(writer.store, lease_s=60) as ours, Claims(writer.store, lease_s=60) as theirs:
+        store.left["list"] = 1
+        queue = ShardQueue(missing, writer=refused, claims=ours, lease_s=60)
+        assert theirs.take(missing[0].shard_id)
+        assert (queue.take(), queue.take()) == (missing[1], None)
+        commit(writer, missing[0], samples)
+        store.left["list"] = 1
+        assert queue.drop_done_elsewhere() == 0
+        clock[0] += 60 / LOOKS_PER_LEASE
+        assert (queue.drop_done_elsewhere(), len(queue)) == (1, 0)
+
+
+class MismatchActor:
+    """Its engine runs; its shard fails the spot check."""
+
+    def ready(self) -> None:
+        pass
+
+    def build(self, *_: Any) -> Iterator[PieceProgress]:
+        yield PieceProgress(samples=0, tokens=0)
+        raise SpotCheckMismatch("spot check of sample s: its hidden states differ")
+
+
+def test_a_spot_check_that_fails_ends_the_build_at_its_first_attempt(
+    local_ray: None, tiny_qwen2_vl: Path, digit_samples: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path / "cache", model=tiny_qwen2_vl, data=digit_samples, max_attempts=3)
+    first: list[tuple[Any, ...]] = [(MismatchActor,)]
+    with pytest.raises(SpotCheckMismatch, match="its hidden states differ"):
+        run_pool(config, first=first, log_dir=tmp_path)
+    assert first == []
 
 
 def test_a_builder_takes_a_shard_that_was_withdrawn(tmp_path: Path) -> None:
@@ -155,7 +240,7 @@ def test_hung_replicas_are_replaced_and_their_shards_built(
     config = make_config(
         tmp_path / "cache", model=tiny_qwen2_vl, data=digit_samples, stall_timeout_s=10, max_attempts=3
     ).model_copy(update={"samples_per_shard": 14})
-    job, placement = run_pool(config, stuck=[1, 2], log_dir=tmp_path)
+    job, placement = run_pool(config, first=[(StuckActor, 1), (StuckActor, 2)], log_dir=tmp_path)
     assert placement.started == 3, "two that hung, and the one that built both shards"
     assert "attempt 2 of 3 failed: its replica has given no sign for 10 s and was killed" in caplog.text
     assert sorted(report.shard_id for report in job.reports) == ["shard-000000", "shard-000001"]
@@ -168,7 +253,7 @@ def test_a_replica_that_never_starts_is_named(
 ) -> None:
     config = make_config(tmp_path / "cache", model=tiny_qwen2_vl, data=digit_samples, start_timeout_s=2, max_attempts=1)
     with pytest.raises(TeacherError, match=r"has not started its engine for 2 s and was killed.*Engine logs are in"):
-        run_pool(config, stuck=[0, 0], log_dir=tmp_path)
+        run_pool(config, first=[(StuckActor, 0), (StuckActor, 0)], log_dir=tmp_path)
 
 
 @pytest.mark.slow
@@ -219,10 +304,10 @@ def test_a_sample_that_differs_from_the_reference_stops_its_shard(
     references = [ReferenceRows.of(one) for one in targets]
 
     off = dataclasses.replace(references[1], rows=references[1].rows.roll(1, dims=1))
-    with pytest.raises(TeacherError, match=rf"{off.sample_id}: its hidden states differ .* by \d.*relative L2"):
+    with pytest.raises(SpotCheckMismatch, match=rf"{off.sample_id}: its hidden states differ .* by \d.*relative L2"):
         list(worker.build("shard-000000", samples.samples, references=[references[0], off]))
     other = dataclasses.replace(references[2], token_ids=references[2].token_ids + 1)
-    with pytest.raises(TeacherError, match=f"{other.sample_id}: the engine saw other tokens"):
+    with pytest.raises(SpotCheckMismatch, match=f"{other.sample_id}: the engine saw other tokens"):
         list(worker.build("shard-000000", samples.samples, references=[other]))
     assert open_cache(config.uri, allow_incomplete=True).sample_ids == ()
     assert list((tmp_path / "cache").glob("shards/*")) == []
@@ -231,6 +316,7 @@ def test_a_sample_that_differs_from_the_reference_stops_its_shard(
     assert isinstance(report, ShardReport)
     assert report.spot_check.samples == 3
     assert report.spot_check.hidden_relative_l2 == 0
+    assert worker.writer.complete()
     assert len(open_cache(config.uri)) == 28
 
     (again,) = worker.build("shard-000000", samples.samples, references=[off])
