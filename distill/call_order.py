@@ -1,7 +1,11 @@
-"""Ranks that would call different modules are found before they wait for each other for ever."""
+"""Ranks that would call different modules are found before they wait for each other for ever.
+
+Which tensors a batch brings (images, the teacher's question rows, ...) decides which modules run, and under ZeRO-3 a
+module that runs on some processes only is a wait without end.
+"""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,24 +14,44 @@ from torch import Tensor
 from distill.processes import Processes
 from teacher_cache.errors import GenrecalError
 
+UNLIKE = -1.0
+"""In the place of a signature that several passes share; crc32 gives none below 0."""
 
-def require_same_calls(inputs: dict[str, Any], *, processes: Processes) -> None:
-    """Raise GenrecalError on every process unless the inputs of all bring the same tensors.
 
-    Which tensors a batch brings (images, the teacher's question rows, ...) decides which modules run, and under ZeRO-3
-    a module that runs on some processes only is a wait without end. One small collective per forward pass.
+def shared_signature(passes: Sequence[Any]) -> float:
+    """Return a number for the tensors that forward passes bring, where all bring the same; `UNLIKE` where they do not.
+
+    No pass at all is `UNLIKE` too.
+    """
+    found = {_signature(inputs) for inputs in passes}
+    return found.pop() if len(found) == 1 else UNLIKE
+
+
+def require_same_calls(passes: Sequence[Any], *, processes: Processes) -> None:
+    """Raise GenrecalError on every process unless the inputs of all bring the same tensors, pass by pass.
+
+    One small collective, however many passes; every process has as many.
     """
     if processes.world_size == 1:
         return
-    names = sorted(_tensor_names(inputs))
-    signatures = [row[0] for row in processes.gather([float(zlib.crc32(" ".join(names).encode()))])]
-    if len(set(signatures)) > 1:
-        unlike = [rank for rank, signature in enumerate(signatures) if signature != signatures[0]]
-        raise GenrecalError(
-            f"processes {', '.join(map(str, unlike))} bring other inputs to this forward pass than process 0, and "
-            f"would call other modules; process {processes.rank} has {', '.join(names)}. Every micro-batch needs the "
-            "fillers of JoinedData: this is a fault of the data path, not of the samples"
-        )
+    signatures = processes.gather([_signature(inputs) for inputs in passes])
+    for number, found in enumerate(zip(*signatures, strict=True)):
+        unlike = [rank for rank, signature in enumerate(found) if signature != found[0]]
+        if unlike:
+            raise GenrecalError(
+                f"processes {', '.join(map(str, unlike))} bring other inputs to forward pass {number + 1} of "
+                f"{len(passes)} than process 0, and would call other modules; process {processes.rank} has "
+                f"{', '.join(_names(passes[number]))}. Every micro-batch needs the fillers of JoinedData: this is a "
+                "fault of the data path, not of the samples"
+            )
+
+
+def _signature(inputs: Any) -> float:
+    return float(zlib.crc32(" ".join(_names(inputs)).encode()))
+
+
+def _names(inputs: Any) -> list[str]:
+    return sorted(_tensor_names(inputs))
 
 
 def _tensor_names(value: Any, prefix: str = "") -> Iterator[str]:

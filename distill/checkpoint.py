@@ -11,18 +11,29 @@ is rewritten in place.
 import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from distill.engine import Engine
+from distill.faults import gather
 from distill.processes import Processes
 from teacher_cache.documents import decode_document, encode_document
-from teacher_cache.durable_files import FileDigest, digest_file, remove, sync_folder, sync_names_above, sync_tree
-from teacher_cache.errors import CacheCorrupt, CheckpointError
+from teacher_cache.durable_files import (
+    FileDigest,
+    digest_file,
+    file_names,
+    remove,
+    sync_files,
+    sync_folder,
+    sync_folders,
+    sync_names_above,
+)
+from teacher_cache.errors import CacheCorrupt, CheckpointError, GenrecalError
 from teacher_cache.manifest import identity_differences
 
 logger = logging.getLogger(__name__)
@@ -30,6 +41,9 @@ logger = logging.getLogger(__name__)
 RECORD = "COMMIT.json"
 ANY_SIZE = "any"
 """World size of a tag that any number of processes can load."""
+_WRITER = re.compile(r"zero_pp_rank_(\d+)_")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +76,60 @@ class Record:
 
 
 def save_checkpoint(engine: Engine, directory: Path, *, record: Record, processes: Processes, keep: int) -> None:
-    """Write and commit a checkpoint, then delete all but the newest ``keep``. Every process calls this."""
+    """Write and commit a checkpoint, then delete all but the newest ``keep``. Every process calls this.
+
+    Each process syncs and digests its share of the files; the first one then writes the record.
+
+    Raises:
+        GenrecalError: Another process could not do its part; the checkpoint does not count.
+    """
     tag = directory / f"step-{record.step:08d}"
-    if processes.rank == 0:
-        discard_tag(tag)
-        tag.mkdir(parents=True)
-    processes.barrier()
+
+    def prepare() -> None:
+        if processes.rank == 0:
+            discard_tag(tag)
+            tag.mkdir(parents=True)
+
+    _together(prepare, processes, tag=tag)
     engine.save(tag)
-    processes.barrier()
-    if processes.rank == 0:
-        commit(tag, record)
-        for old in committed_tags(directory)[:-keep]:
-            discard_tag(old)
-    processes.barrier()
+    # what a process wrote it sees itself; on shared storage others may see it later
+    seen = _together(lambda: file_names(tag), processes, tag=tag)
+    share = own_share(sorted({name for names in seen for name in names}), processes)
+    digests = _together(lambda: sync_files(tag, share), processes, tag=tag)
+
+    def finish() -> None:
+        if processes.rank == 0:
+            _let_count(tag, record, files={name: digest for part in digests for name, digest in part.items()})
+            for old in committed_tags(directory)[:-keep]:
+                discard_tag(old)
+
+    _together(finish, processes, tag=tag)
+
+
+def own_share(names: Sequence[str], processes: Processes) -> list[str]:
+    """Return the files that this process has written, by DeepSpeed's names, and its part of all others."""
+    writers = {name: int(found[1]) for name in names if (found := _WRITER.search(name))}
+    others = [name for name in names if name not in writers][processes.rank :: processes.world_size]
+    return [*(name for name, rank in writers.items() if rank % processes.world_size == processes.rank), *others]
+
+
+def _together(act: Callable[[], T], processes: Processes, *, tag: Path) -> tuple[T, ...]:
+    """Let every process act, and return what each got; one that fails ends all, instead of leaving them waiting."""
+    result, error = None, None
+    try:
+        result = act()
+    except Exception as raised:
+        error = raised
+    outcomes = gather((result, None if error is None else f"{type(error).__name__}: {error}"), processes)
+    if error is not None:
+        raise error
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise GenrecalError(
+                f"process {rank} could not save {tag} ({failure}): it does not count, and the checkpoint before it is "
+                "what the next start goes on from"
+            )
+    return tuple(cast(T, result) for result, _ in outcomes)
 
 
 def find_checkpoint(
@@ -167,9 +222,15 @@ def write_durably(path: Path, data: bytes) -> None:
 
 def commit(tag: Path, record: Record) -> None:
     """Make a tag durable and let it count."""
-    digests = {name: [digest.size_bytes, digest.blake3] for name, digest in sync_tree(tag).items()}
+    _let_count(tag, record, files=sync_files(tag, file_names(tag)))
+
+
+def _let_count(tag: Path, record: Record, *, files: Mapping[str, FileDigest]) -> None:
+    """Make the names of a tag durable, whose files are, and write its record."""
+    sync_folders(tag)
     sync_folder(tag.parent)
     sync_names_above(tag.parent)
+    digests = {name: [digest.size_bytes, digest.blake3] for name, digest in sorted(files.items())}
     write_durably(tag / RECORD, encode_document({**vars(record), "files": digests}))
 
 

@@ -36,14 +36,29 @@ def run_steps(loop: Loop) -> None:
         SystemExit: 128 + n after signal n, once a checkpoint is written.
         GenrecalError: Too many updates in a row could not be made.
     """
-    position = saved = _resume(loop)
+    position = _resume(loop)
+    _announce(loop)
+    probe = probe_batches(loop.data, micro_batch_size=loop.config.micro_batch_size)
+    if position.step == 0:
+        write_features(loop.engine, probe, loop.directory / "features_first.safetensors", processes=loop.processes)
+    if position.step < loop.max_steps:
+        _take_steps(loop, position)
+    else:
+        with _log(loop, start=position.step) as log:
+            _catch_up(loop, log, step=position.step)
+    if loop.processes.sum([float(loop.signals.received > 0)])[0]:
+        # the last checkpoint has everything: the next start begins here
+        _stop(loop, step=loop.max_steps)
+    _expect(loop, "the end of the stage", is_slow=True)
+    write_features(loop.engine, probe, loop.directory / "features_last.safetensors", processes=loop.processes)
+
+
+def _take_steps(loop: Loop, resumed: Position) -> None:
+    """Take the steps after a position; the last one has a checkpoint, since the export after it may fail."""
+    position = saved = resumed
     start, state = position.step, position.faults
     skipped = _skipped(loop, start=start)
     gap_warning = GapWarning(label=loop.label, max_steps=loop.max_steps)
-    _announce(loop)
-    probe = probe_batches(loop.data, micro_batch_size=loop.config.micro_batch_size)
-    if start == 0:
-        write_features(loop.engine, probe, loop.directory / "features_first.safetensors", processes=loop.processes)
     with (
         _batches(loop, start=start) as batches,
         closing(_faults_file(loop, start=start)) as faults,
@@ -64,10 +79,8 @@ def run_steps(loop: Loop) -> None:
             else:
                 faults.write(outcome.fault)
                 _stop_if_hopeless(loop, outcome, position=position, saved=saved)
-            if (step + 1) % loop.train.save_interval_steps == 0 and step + 1 < loop.max_steps:
+            if (step + 1) % loop.train.save_interval_steps == 0 or step + 1 == loop.max_steps:
                 saved = _save(loop, position, saved=saved)
-    _expect(loop, "the end of the stage", is_slow=True)
-    write_features(loop.engine, probe, loop.directory / "features_last.safetensors", processes=loop.processes)
 
 
 def _announce(loop: Loop) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from distill.batch import Batch
+from distill.call_order import UNLIKE, require_same_calls, shared_signature
 from distill.checkpoint import Record
 from distill.config import STAGES, StageConfig, TrainConfig
 from distill.data import JoinedData, RankBatch
@@ -93,7 +94,7 @@ def take_step(
     """Take one step; None where a signal to any process came before it began: nothing is changed then."""
     clock, waited_s = StepClock(loop.processes.device), batches.waited_s
     part = _wait(loop, batches)
-    agreed = _agree(loop, part)
+    agreed = _agree(loop, part, batches)
     if agreed is None:
         return None
     if agreed.skips:
@@ -139,17 +140,26 @@ def _wait(loop: Loop, batches: RankBatches) -> RankBatch:
         return RankBatch(micro_batches=(), skipped=())
 
 
-def _agree(loop: Loop, part: RankBatch) -> Agreement | None:
-    """Return what the step of all processes is; None where any of them is to stop."""
+def _agree(loop: Loop, part: RankBatch, batches: RankBatches) -> Agreement | None:
+    """Return what the step of all processes is; None where any of them is to stop.
+
+    Raises:
+        GenrecalError: The processes would call different modules in one of the step's forward passes.
+    """
     own = [0.0] * len(Counts._fields)
     for batch in part.micro_batches:
         own = [total + count for total, count in zip(own, batch_counts(batch), strict=True)]
-    values = [*own, len(part.micro_batches), len(part.skipped), loop.signals.received > 0]
-    everyone = np.array(loop.processes.gather(values))
-    *sums, _, skips, stops = everyone.sum(0).tolist()
+    passes = (len(part.micro_batches), shared_signature(part.micro_batches))
+    everyone = np.array(loop.processes.gather([*own, len(part.skipped), loop.signals.received > 0, *passes]))
+    *sums, skips, stops, _, _ = everyone.sum(0).tolist()
     if stops:
         return None
-    return Agreement(counts=Counts(*sums), micro_batches=max(1, int(everyone[:, -3].max())), skips=int(skips))
+    micro_batches = max(1, int(everyone[:, -2].max()))
+    # as a rule all have as many, and all bring the same tensors: then nothing more needs to be exchanged
+    if len(np.unique(everyone[:, -2:], axis=0)) > 1 or passes[1] == UNLIKE:
+        fillers = batches.on_device([], num=micro_batches - len(part.micro_batches))
+        require_same_calls([*part.micro_batches, *fillers], processes=loop.processes)
+    return Agreement(counts=Counts(*sums), micro_batches=micro_batches, skips=int(skips))
 
 
 def _accumulate(

@@ -20,7 +20,7 @@ from distill.signals import noted_signals
 from distill.stage_setup import DONE, Job, StageRun, build_model, own_stages, read_done, set_up_stage
 from distill.step import Loop
 from distill.student import resolve_model
-from distill.watchdog import Watchdog
+from distill.watchdog import Watchdog, collective_timeout
 from distill.watching import watch_stage
 from distill.zero import check_before_start, launched_processes, make_engine
 from teacher_cache import open_cache
@@ -60,7 +60,9 @@ def train_student(
     chosen = choose_stages(stages, student=student, train=train)
     check_before_start(train, stages=chosen, dtype=student.dtype)
     with (
-        launched_processes(backend=train.backend, num_processes=train.num_processes) as processes,
+        launched_processes(
+            backend=train.backend, num_processes=train.num_processes, timeout=collective_timeout(train)
+        ) as processes,
         noted_signals() as signals,
         Watchdog() as watchdog,
         _alone(output_dir / "training" / student.name, processes),

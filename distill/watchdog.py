@@ -6,9 +6,11 @@ import sys
 import threading
 import time
 import traceback
+from datetime import timedelta
 from types import TracebackType
 from typing import NoReturn
 
+from distill.config import TrainConfig
 from teacher_cache.errors import CacheIncomplete
 
 logger = logging.getLogger(__name__)
@@ -17,6 +19,8 @@ EXIT_CODE = CacheIncomplete.exit_code
 """Like everything where a retry makes sense."""
 LAST_WORDS_S = 10.0
 """Time to write the log, which may be what hangs."""
+COLLECTIVE_MARGIN_S = 60.0
+"""By which a collective may exceed every limit: the exit of a watchdog is to come first."""
 
 
 class Watchdog:
@@ -71,6 +75,11 @@ class Watchdog:
         )
         logging.shutdown()
         os._exit(EXIT_CODE)
+
+
+def collective_timeout(train: TrainConfig) -> timedelta:
+    """Return how long processes may wait for one that works alone: as long as its watchdog lets it."""
+    return timedelta(seconds=max(train.hang_timeout_s, train.slow_timeout_s) + COLLECTIVE_MARGIN_S)
 
 
 def stacks() -> str:

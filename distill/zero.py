@@ -6,6 +6,8 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from distill.rendezvous import ARRIVAL_TIMEOUT_S, join_process_group
 from distill.reshard import is_resharded, load_resharded
 from distill.stages import StageModel
 from distill.student import load_student
+from distill.watchdog import collective_timeout
 from distill.zero_config import deepspeed_config
 from teacher_cache.errors import CheckpointError, ConfigError
 
@@ -30,8 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def launched_processes(*, backend: Backend, num_processes: int) -> Iterator[Processes]:
-    """Join the processes that a launcher started, or be the only one.
+def launched_processes(
+    *, backend: Backend, num_processes: int, timeout: timedelta | None = None
+) -> Iterator[Processes]:
+    """Join the processes that a launcher started, or be the only one; no collective takes longer than ``timeout``.
 
     Raises:
         ConfigError: The launch environment is incomplete, or of another size than the run file says.
@@ -47,7 +52,9 @@ def launched_processes(*, backend: Backend, num_processes: int) -> Iterator[Proc
         raise ConfigError(f"backend torch trains in one process, but {world_size} were launched: use backend zero3")
     device = _own_device(int(environment["LOCAL_RANK"]))
     with _launch_variables(environment):
-        initialised = backend == "zero3" and _init_distributed(environment, device=device)
+        initialised = backend == "zero3" and _init_distributed(
+            environment, device=device, timeout=timeout or collective_timeout(TrainConfig())
+        )
         try:
             yield Processes(rank=int(environment["RANK"]), world_size=world_size, device=device)
         finally:
@@ -141,7 +148,8 @@ class ZeroEngine:
 
     def forward(self, **inputs: Any) -> Any:
         """Run the model's forward inside the engine."""
-        require_same_calls(inputs, processes=self._processes)
+        if inputs.get("task", "losses") != "losses":  # those of a step are compared before its first, all at once
+            require_same_calls([inputs], processes=self._processes)
         return self._engine(**inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -263,24 +271,27 @@ def _own_device(local_rank: int) -> torch.device:
     return device
 
 
-def _init_distributed(environment: Mapping[str, str], *, device: torch.device) -> bool:
+def _init_distributed(environment: Mapping[str, str], *, device: torch.device, timeout: timedelta) -> bool:
     """Make a process group unless there is one; return whether it was made."""
     import deepspeed
-    from deepspeed.constants import default_pg_timeout
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     # compiled at start-up where it is offered; training does not use it
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if torch.distributed.is_initialized():
-        deepspeed.init_distributed(verbose=False)
-        return False
-    join_process_group(
-        environment,
-        backend=deepspeed.get_accelerator().communication_backend_name(),
-        device=device,
-        timeout=default_pg_timeout,
-        arrival_timeout_s=ARRIVAL_TIMEOUT_S,
-    )
+    is_ours = not torch.distributed.is_initialized()
+    if is_ours:
+        join_process_group(
+            environment,
+            backend=deepspeed.get_accelerator().communication_backend_name(),
+            device=device,
+            timeout=timeout,
+            arrival_timeout_s=ARRIVAL_TIMEOUT_S,
+        )
+    else:
+        # the group of a Ray Train worker, whose collectives end after half an hour
+        torch.distributed.distributed_c10d._set_pg_timeout(timeout)
     deepspeed.init_distributed(verbose=False)
-    return True
+    # it makes groups of its own, and gives them torch's default limit: 10 minutes on GPUs
+    deepspeed.comm.comm.cdb.new_group = partial(torch.distributed.new_group, timeout=timeout)
+    return is_ours

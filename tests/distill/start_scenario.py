@@ -17,9 +17,9 @@ def main(folder: Path) -> None:
         run = run_variant(json.loads((folder / "inputs.json").read_text()), ENGINE_RUNS["offload"], processes=processes)
         assert len(run.losses) > 0
         images = {"pixel_values": torch.zeros(1)} if processes.rank else {}
-        require_same_calls({"batch": {"input_ids": torch.zeros(1)}}, processes=processes)
+        require_same_calls([{"batch": {"input_ids": torch.zeros(1)}}], processes=processes)
         try:
-            require_same_calls({"batch": {"input_ids": torch.zeros(1), **images}}, processes=processes)
+            require_same_calls([{"batch": {"input_ids": torch.zeros(1), **images}}], processes=processes)
         except GenrecalError as error:
             (folder / f"refused-{processes.rank}").write_text(str(error))
 

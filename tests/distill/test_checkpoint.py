@@ -1,10 +1,13 @@
 """Resuming and refusing: done stages, other settings, damaged checkpoints."""
 
+import errno
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distill import loop, trainer
 from distill.trainer import train_student
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import CheckpointError
@@ -29,7 +32,7 @@ def finished(cache: CacheConfig, tiny_llava: Path, tmp_path_factory: pytest.Temp
 
 
 def half_done(finished: Path, tmp_path: Path) -> Path:
-    """Return a copy of a run as a kill before the end of align leaves it: checkpoints of steps 1 and 2."""
+    """Return a copy of a run as a kill during the export of align leaves it: checkpoints of steps 2 and 3."""
     shutil.copytree(finished, tmp_path / "run")
     stage = tmp_path / "run" / "training" / "tiny" / "align"
     (stage / "DONE.json").unlink()
@@ -59,7 +62,7 @@ def test_a_damaged_checkpoint_falls_back(
     damage: str, cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = half_done(finished, tmp_path)
-    newest = run / "training/tiny/align/checkpoints/step-00000002"
+    newest = run / "training/tiny/align/checkpoints/step-00000003"
     state = newest / "state.pt"
     data = bytearray(state.read_bytes())
     if damage == "flip":
@@ -74,19 +77,43 @@ def test_a_damaged_checkpoint_falls_back(
         record.write_text(record.read_text().replace('"step"', '"stop"'))
     with caplog.at_level("INFO"):
         continue_align(cache, tiny_llava, run)
-    assert "step-00000002 is damaged" in caplog.text
-    assert "resumes after step 1" in caplog.text
+    assert "step-00000003 is damaged" in caplog.text
+    assert "resumes after step 2" in caplog.text
     assert numbers(read_metrics(run, "align")) == numbers(read_metrics(finished, "align"))
 
 
 def test_uncommitted_and_old_checkpoints(cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path) -> None:
     run = half_done(finished, tmp_path)
     checkpoints = run / "training/tiny/align/checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000002"]
-    (checkpoints / "step-00000002" / "COMMIT.json").unlink()
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
+    (checkpoints / "step-00000003" / "COMMIT.json").unlink()
     continue_align(cache, tiny_llava, run)
     assert numbers(read_metrics(run, "align")) == numbers(read_metrics(finished, "align"))
-    assert (checkpoints / "step-00000002" / "COMMIT.json").exists()
+    assert (checkpoints / "step-00000003" / "COMMIT.json").exists()
+
+
+def test_an_export_that_failed_is_done_again_without_a_step(
+    cache: CacheConfig, tiny_llava: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    def no_step(*_: Any, **__: Any) -> None:
+        raise AssertionError("a step was taken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "export_student", full)
+        with pytest.raises(OSError, match="no space left"):
+            continue_align(cache, tiny_llava, tmp_path, save_interval_steps=100)
+    stages = [folder / "training/tiny/align" for folder in (tmp_path, finished)]
+    assert not (stages[0] / "DONE.json").exists()
+    for name in ("take_step", "RankBatches"):
+        monkeypatch.setattr(loop, name, no_step)
+    continue_align(cache, tiny_llava, tmp_path, save_interval_steps=100)
+    assert (stages[0] / "DONE.json").exists()
+    assert numbers(read_metrics(tmp_path, "align")) == numbers(read_metrics(finished, "align"))
+    for name in ("recalibrator.safetensors", "export/model.safetensors", "features_last.safetensors"):
+        assert (stages[0] / name).read_bytes() == (stages[1] / name).read_bytes(), name
 
 
 def test_only_damaged_checkpoints_never_restart_silently(

@@ -32,17 +32,17 @@ def test_a_checkpoint_exports_what_the_trainer_would_have(
         train_student(cache=cache, student=student, train=train_config(), output_dir=tmp_path, stages=["distill"])
     stage = tmp_path / "training" / "tiny" / "distill"
     (stage / "export").rename(stage / "as-if-it-were-not-done")
-    for source, step in (("checkpoints/step-00000001", 1), (".", 2)):
+    for source, step in (("checkpoints/step-00000002", 2), (".", 3)):
         target = tmp_path / f"out-{step}"
         assert main(["export", str(stage / source), str(target)]) == 0
         expected = {file.name: file.read_bytes() for file in (tmp_path / f"step-{step:08d}").iterdir()}
         assert {file.name: file.read_bytes() for file in target.iterdir()} == expected
-    assert (tmp_path / "out-1/model.safetensors").read_bytes() != (tmp_path / "out-2/model.safetensors").read_bytes()
-    newest = stage / "checkpoints" / "step-00000002"
+    assert (tmp_path / "out-2/model.safetensors").read_bytes() != (tmp_path / "out-3/model.safetensors").read_bytes()
+    newest = stage / "checkpoints" / "step-00000003"
     (newest / "state.pt").write_bytes(b"")
     assert main(["export", str(newest), str(tmp_path / "damaged")]) == 4
     assert "first state.pt" in capsys.readouterr().err
     assert main(["export", str(stage), str(tmp_path / "one-before")]) == 0
     assert (tmp_path / "one-before/model.safetensors").read_bytes() == (
-        tmp_path / "out-1/model.safetensors"
+        tmp_path / "out-2/model.safetensors"
     ).read_bytes()

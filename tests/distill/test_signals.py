@@ -73,6 +73,21 @@ def waiting_for_data() -> Iterator[None]:
     signal.signal(signal.SIGALRM, previous)
 
 
+@contextmanager
+def in_the_last_step() -> Iterator[None]:
+    """Send the signal after the last step has begun, when no step comes that would look for it."""
+    take = loop.take_step
+
+    def taking(*arguments: Any, step: int, **options: Any) -> Any:
+        outcome = take(*arguments, step=step, **options)
+        if step == SETTINGS["align"]["max_steps"] - 1:
+            terminate()
+        return outcome
+
+    with mock.patch.object(loop, "take_step", taking):
+        yield
+
+
 def after(first: Callable[[], None], call: Callable[..., Any]) -> Callable[..., Any]:
     def both(*arguments: Any, **options: Any) -> Any:
         first()
@@ -82,7 +97,9 @@ def after(first: Callable[[], None], call: Callable[..., Any]) -> Callable[..., 
 
 
 @pytest.mark.parametrize(
-    ("during", "steps_done"), [(in_set_up, 0), (in_save, 2), (waiting_for_data, 3)], ids=["set-up", "save", "data"]
+    ("during", "steps_done"),
+    [(in_set_up, 0), (in_save, 2), (waiting_for_data, 3), (in_the_last_step, 6)],
+    ids=["set-up", "save", "data", "last step"],
 )
 def test_a_signal_ends_the_run_and_loses_nothing(
     during: Callable[[], Any],

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from distill.checkpoint import discard_tag
 from distill.config import Method, Stage, ValidationConfig
 from distill.evaluate import EvaluationSettings, evaluate_model
 from distill.processes import Processes
@@ -157,6 +158,7 @@ def test_a_resume_repeats_no_scores_and_makes_those_that_a_stop_left_out(
     kept = [line for line in logged.splitlines() if '"global_step": 3' not in line]
     metrics.write_text("".join(f"{line}\n" for line in kept))
     (metrics.parent / "DONE.json").unlink()
+    discard_tag(metrics.parent / f"checkpoints/step-{LAST:08d}")
     train(cache, tiny_llava, tmp_path, held_out=held_out, save_interval_steps=3)
     assert steps[3:] == [f"tiny distill step {step}" for step in (3, LAST)]
     assert scores(tmp_path) == scores(whole)

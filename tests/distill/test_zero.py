@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from distill import trainer
 from distill.config import StudentConfig, TrainConfig
 from distill.processes import Processes
 from distill.reshard import separate_steps
 from distill.trainer import train_student
+from distill.watchdog import LAST_WORDS_S, collective_timeout
 from distill.zero import launched_processes
+from teacher_cache.config import CacheConfig
 from teacher_cache.errors import ConfigError
 from tests.distill.engine_runs import EngineRun
 from tests.distill.small_cache import build_small_cache, write_data
@@ -35,6 +39,46 @@ def test_another_number_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="backend torch"), launched_processes(backend="torch", num_processes=2):
         pass
+
+
+@pytest.mark.parametrize("made_by_others", [False, True], ids=["ours", "Ray Train's"])
+def test_no_group_ends_a_wait_that_a_watchdog_allows(made_by_others: bool) -> None:
+    import deepspeed
+
+    limit = collective_timeout(TrainConfig(hang_timeout_s=9000.0, slow_timeout_s=100.0))
+    assert limit > timedelta(seconds=9000.0 + LAST_WORDS_S)
+    if made_by_others:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=5))
+    try:
+        with launched_processes(backend="zero3", num_processes=1, timeout=limit) as joined:
+            # ZeRO-3 works in a group that DeepSpeed makes
+            groups: list[Any] = [torch.distributed.group.WORLD, deepspeed.comm.new_group([0])]
+            found = [group._get_backend(joined.device).options._timeout for group in groups]
+    finally:
+        if made_by_others:
+            deepspeed.comm.destroy_process_group()
+            deepspeed.comm.comm.cdb = None
+    assert found == [limit, limit]
+
+
+def test_training_asks_for_the_limit_of_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def launched(**options: Any) -> None:
+        asked.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(trainer, "launched_processes", launched)
+    train = TrainConfig(hang_timeout_s=5.0, slow_timeout_s=20_000.0)
+    with pytest.raises(InterruptedError):
+        train_student(
+            cache=CacheConfig.model_construct(),
+            student=StudentConfig(name="tiny", model="nowhere"),
+            train=train,
+            output_dir=tmp_path,
+        )
+    assert asked["timeout"] > timedelta(seconds=20_000.0 + LAST_WORDS_S)
 
 
 def test_steps_of_a_converted_checkpoint_lie_beside_their_parameters() -> None:
@@ -99,8 +143,6 @@ def launched(
 
 def test_zero3_over_two_processes_equals_one_torch_process(launched: tuple[Path, dict[str, Any]]) -> None:
     folder, inputs = launched
-    from teacher_cache.config import CacheConfig
-
     train_student(
         cache=CacheConfig.model_validate(inputs["cache"]),
         student=StudentConfig.model_validate(inputs["student"]),
@@ -121,8 +163,6 @@ def test_zero3_over_two_processes_equals_one_torch_process(launched: tuple[Path,
 @pytest.mark.parametrize("name", OTHER_METHODS)
 def test_other_methods_equal_one_torch_process(launched: tuple[Path, dict[str, Any]], name: str) -> None:
     folder, inputs = launched
-    from teacher_cache.config import CacheConfig
-
     method, changes = OTHER_METHODS[name]
     train_student(
         cache=CacheConfig.model_validate(inputs["cache"]),
@@ -227,8 +267,6 @@ def test_a_finished_training_is_not_repeated_by_another_number_of_processes(
     launched: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, inputs = launched
-    from teacher_cache.config import CacheConfig
-
     files = {path: path.stat().st_mtime_ns for path in (folder / "whole").rglob("*.safetensors")}
     train_student(
         cache=CacheConfig.model_validate(inputs["cache"]),

@@ -8,10 +8,16 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
+
+from distill.processes import Processes
 
 T = TypeVar("T")
 
@@ -95,6 +101,25 @@ def run_together(acts: Sequence[Callable[[], object]], *, on_failure: Callable[[
             failures.put(_last_error())
 
     _run([context.Process(target=labour, args=(act,)) for act in acts], failures, on_failure=on_failure)
+
+
+def run_ranks(act: Callable[[Processes], object], place: Path, *, world_size: int = 2) -> None:
+    """Act in as many processes, which share a group of torch.distributed.
+
+    Raises:
+        AssertionError: one failed.
+    """
+
+    def join(rank: int) -> None:
+        limit = timedelta(seconds=120)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{place}/ranks", rank=rank, world_size=world_size, timeout=limit
+        )
+        act(Processes(rank=rank, world_size=world_size, device=torch.device("cpu")))
+        torch.distributed.destroy_process_group()
+
+    (place / "ranks").unlink(missing_ok=True)
+    run_together([partial(join, rank) for rank in range(world_size)], on_failure=lambda: None)
 
 
 def _last_error() -> str:
