@@ -123,7 +123,7 @@ class _Block(NamedTuple):
 def _blocks(
     logits: Float[Tensor, "tokens vocab"], token_ids: Int[Tensor, " tokens"], tokens: SpanTokens
 ) -> Iterator[_Block]:
-    """Yield a few spans at a time, so that the work space does not grow with their number."""
+    """Yield a few spans at a time, on the logits' device, so that the work space does not grow with their number."""
     ends = tokens.base.scatter_reduce(0, tokens.span_of_other, tokens.others, "amax") + 1
     parts = list(slices(len(ends), SPANS_AT_ONCE))
     stops = [int(ends[part.stop - 1]) for part in parts]
@@ -132,14 +132,15 @@ def _blocks(
     sizes = [stop - start for start, stop in pairwise(starts)] + [len(logits) - starts[-1]]
     pieces = zip(logits.split(sizes), token_ids.split(sizes), strict=True)
     for part, start, (own_logits, own_ids) in zip(parts, starts, pieces, strict=False):
-        others = slice(*torch.searchsorted(tokens.span_of_other, torch.tensor([part.start, part.stop])).tolist())
+        bounds = tokens.span_of_other.new_tensor([part.start, part.stop])
+        others = slice(*torch.searchsorted(tokens.span_of_other, bounds).tolist())
         yield _Block(
             logits=own_logits,
             token_ids=own_ids,
             tokens=SpanTokens(
-                base=tokens.base[part] - start,
-                others=tokens.others[others] - start,
-                span_of_other=tokens.span_of_other[others] - part.start,
+                base=(tokens.base[part] - start).to(logits.device),
+                others=(tokens.others[others] - start).to(logits.device),
+                span_of_other=(tokens.span_of_other[others] - part.start).to(logits.device),
             ),
         )
 

@@ -96,6 +96,36 @@ def test_loss_and_gradient_equal_those_of_gold(
     assert all_rows["teacher"].grad is None
 
 
+def small_problem(device: str = "cpu") -> dict[str, Any]:
+    spans = align_spans(
+        student_ends=np.array([1, 3, 4]), teacher_ends=np.array([2, 3, 4]), student_lengths=[3], teacher_lengths=[3]
+    )
+    sides = {"student": (3, 7), "teacher": (3, 5)}
+    logits = {f"{side}_logits": torch.randn(shape, device=device) for side, shape in sides.items()}
+    return {
+        **logits,
+        **{f"{side}_ids": torch.zeros(3, dtype=torch.int64, device=device) for side in sides},
+        "spans": spans,
+    }
+
+
+def test_nothing_is_made_on_another_device_than_the_spans() -> None:
+    problem = small_problem()
+    expected = aligned_uld_loss(**problem)
+    with torch.device("meta"):  # where tensors go that are made without a device
+        found = aligned_uld_loss(**problem)
+    assert torch.equal(found, expected)
+
+
+def test_spans_follow_the_logits_to_their_device() -> None:
+    problem = small_problem("meta")
+    tokens = problem["spans"].student
+    assert len(tokens.others)
+    for block in uld._blocks(problem["student_logits"], problem["student_ids"], tokens):
+        assert {one.device.type for one in vars(block.tokens).values()} == {"meta"}
+    assert aligned_uld_loss(**problem).shape == (2,)
+
+
 def test_spans_close_where_both_tokenisations_end() -> None:
     assert align_one([2, 3, 6, 6], [2, 6, 6]) == ([[0], [1, 2], [3]], [[0], [1], [2]])
     assert align_one([4], [1, 2, 4]) == ([[0]], [[0, 1, 2]])
