@@ -31,12 +31,27 @@ PROJECTOR = re.compile(
 
 
 def resolve_model(model: str, *, revision: str | None = None) -> Path:
-    """Return the local directory of a checkpoint; a repository id is looked up in (or brought to) the hub cache."""
+    """Return the local directory of a checkpoint; a repository id is looked up in (or brought to) the hub cache.
+
+    Raises:
+        ConfigError: There is no such directory, and no such repository in the hub cache or to be had.
+    """
     if Path(model).is_dir():
         return Path(model)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
-    return Path(snapshot_download(model, revision=revision))
+    try:
+        return Path(snapshot_download(model, revision=revision))
+    except errors.HFValidationError as error:
+        raise ConfigError(f"no model at {model}: there is no such folder, and no repository has such a name") from error
+    except Exception as error:  # the hub's own errors, and whatever the transports below it raise
+        offline = "HF_HUB_OFFLINE is set, so that nothing is fetched"
+        why = offline if constants.HF_HUB_OFFLINE else str(error).partition("\n")[0] or type(error).__name__
+        chosen = model if revision is None else f"{model} --revision {revision}"
+        raise ConfigError(
+            f"model {model} is not on this machine, neither as a folder nor in {constants.HF_HUB_CACHE}: {why}; "
+            f"correct the name or HF_HOME, or fetch it first: `hf download {chosen}`"
+        ) from error
 
 
 def packs(path: Path, *, trust_remote_code: bool = False) -> bool:

@@ -5,6 +5,9 @@ integrity (a retry is useless), 128 + n on signal n.
 """
 
 import importlib
+import logging
+import os
+import select
 import signal
 import sys
 import traceback
@@ -179,28 +182,71 @@ COMMANDS = {
 }
 
 
+class SystemFault(GenrecalError):
+    """A file, folder or connection that the operating system refused."""
+
+    code = "system"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].startswith("--local_rank="):
         argv = argv[1:]  # put first by DeepSpeed's launcher, which sets LOCAL_RANK too
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    name, rest = split_command(argv)
-    if name is None:
-        print(f"genrecal: {_no_command(argv)}", file=sys.stderr)
-        return 2
     signal.signal(signal.SIGTERM, _unwind)
     sys.excepthook = _print_redacted
-    module, function = COMMANDS[name].target.split(":")
+    name, rest = split_command(argv)
     try:
-        return getattr(importlib.import_module(module), function)(rest)
+        try:
+            return _call(name, rest)
+        finally:
+            sys.stdout.flush()  # at exit Python would report a reader that has gone in words of its own
     except GenrecalError as error:
-        print(redact(f"genrecal {name}: error [{error.code}]: {error}"), file=sys.stderr)
-        return error.exit_code
+        return _tell(name, error)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _silence_unread_output():
+            return 128 + signal.SIGPIPE
+        # for the log file, where there is one: no handler for the console takes this name
+        logging.getLogger("genrecal").info("what the operating system refused, and where", exc_info=error)
+        return _tell(name, SystemFault(_in_a_line(error)))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _call(name: str | None, rest: list[str]) -> int:
+    if name is not None:
+        module, function = COMMANDS[name].target.split(":")
+        return getattr(importlib.import_module(module), function)(rest)
+    if not rest or rest[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    print(f"genrecal: {_no_command(rest)}", file=sys.stderr)
+    return 2
+
+
+def _tell(name: str | None, error: GenrecalError) -> int:
+    command = "genrecal" if name is None else f"genrecal {name}"
+    print(redact(f"{command}: error [{error.code}]: {error}"), file=sys.stderr)
+    return error.exit_code
+
+
+def _in_a_line(error: OSError) -> str:
+    words = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+    places = [str(place) for place in (error.filename, error.filename2) if place is not None]
+    return f"{' -> '.join(places)}: {words}" if places else words
+
+
+def _silence_unread_output() -> bool:
+    """Return whether nobody reads this process's output any more; what is left of it then goes nowhere."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    broken = [stream for stream, event in poll.poll(0) if event & select.POLLERR]
+    for stream in broken:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream)
+        os.close(nowhere)
+    return bool(broken)
 
 
 def split_command(argv: list[str]) -> tuple[str | None, list[str]]:
