@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.divergences import FORWARD_KL, Divergence
 from distill.linear_head import LinearHead, accumulation_dtype
-from distill.linear_losses import LinearLosses, Settings
+from distill.linear_losses import LinearLosses, Settings, WeightedLosses
 from distill.logit_blocks import DEFAULT_CHUNKS, ChunkSizes
 from distill.loss_inputs import RowInputs, ValueCheck, check_shapes
 from distill.teacher_terms import Targets
@@ -21,10 +21,12 @@ __all__ = [
     "DEFAULT_CHUNKS",
     "ChunkSizes",
     "TokenLosses",
+    "WeightedTokenLosses",
     "accumulation_dtype",
     "linear_ce",
     "linear_ce_kl",
     "linear_divergence",
+    "weighted_ce_kl",
 ]
 
 
@@ -35,6 +37,17 @@ class TokenLosses(NamedTuple):
     """``-log p(label)`` under the rows' softmax."""
     kl_loss: Float[Tensor, " tokens"]
     """``KL(teacher || rows)``, or whatever divergence was asked for."""
+
+
+class WeightedTokenLosses(NamedTuple):
+    """Nats per token, unreduced: a loss, and its terms without a gradient."""
+
+    loss: Float[Tensor, " tokens"]
+    """``ce_weight * ce_loss + kl_weight * kl_loss``."""
+    ce_loss: Float[Tensor, " tokens"]
+    """As in `TokenLosses`."""
+    kl_loss: Float[Tensor, " tokens"]
+    """As in `TokenLosses`."""
 
 
 def linear_ce_kl(
@@ -98,6 +111,32 @@ def linear_ce_kl(
         inputs, head, teacher_head, divergence=divergence, divergence_weight=kl_weight, chunks=chunks
     )
     return TokenLosses(ce_loss, kl_loss)
+
+
+def weighted_ce_kl(
+    rows: Float[Tensor, "tokens hidden"],
+    *,
+    teacher_rows: Float[Tensor, "tokens hidden"],
+    head: LinearHead,
+    labels: Int[Tensor, " tokens"],
+    ce_weight: float = 1.0,
+    kl_weight: float = 1.0,
+    sample_ids: Sequence[str] | None = None,
+    chunks: ChunkSizes = DEFAULT_CHUNKS,
+) -> WeightedTokenLosses:
+    """Return the weighted sum of the terms of `linear_ce_kl`, and both without a gradient.
+
+    Why: whatever the weights, 0 included, one gradient is made while the logits exist. Of two terms that come in with a
+    weight each, the backward pass has to look for tokens weighted otherwise than foreseen, which waits for the device.
+    Source: as `linear_ce_kl`.
+    """
+    inputs = RowInputs(
+        rows=rows, labels=labels, teacher_rows=teacher_rows, topk_ids=None, topk_logprobs=None, sample_ids=sample_ids
+    )
+    check, targets = _checked(inputs, head, None, divergence=FORWARD_KL)
+    losses = WeightedLosses.apply(rows, head, targets, (ce_weight, kl_weight), chunks)
+    check.raise_if_bad()
+    return WeightedTokenLosses(*losses)
 
 
 def linear_divergence(
@@ -170,6 +209,22 @@ def _losses(
     chunks: ChunkSizes,
 ) -> tuple[Any, Any]:
     """Check everything, then compute. Returns CE and divergence, None where not asked for."""
+    check, targets = _checked(inputs, head, teacher_head, divergence=divergence)
+    settings = Settings(
+        logit_scale=head.logit_scale,
+        logit_softcap=head.logit_softcap,
+        divergence_weight=divergence_weight,
+        chunks=chunks,
+    )
+    losses = LinearLosses.apply(inputs.rows, head.weight, head.bias, targets, settings)
+    check.raise_if_bad()
+    return losses
+
+
+def _checked(
+    inputs: RowInputs, head: LinearHead, teacher_head: LinearHead | None, *, divergence: Divergence | None
+) -> tuple[ValueCheck, Targets]:
+    """Check shapes, and values where that waits for nothing; the check of others is to be read after the losses."""
     if divergence is not None:
         _check_teacher(inputs, head, teacher_head)
     check_shapes(inputs, head=head, teacher_head=teacher_head or head)
@@ -184,15 +239,7 @@ def _losses(
         topk_ids=inputs.topk_ids,
         topk_logprobs=inputs.topk_logprobs,
     )
-    settings = Settings(
-        logit_scale=head.logit_scale,
-        logit_softcap=head.logit_softcap,
-        divergence_weight=divergence_weight,
-        chunks=chunks,
-    )
-    losses = LinearLosses.apply(inputs.rows, head.weight, head.bias, targets, settings)
-    check.raise_if_bad()
-    return losses
+    return check, targets
 
 
 def _check_teacher(inputs: RowInputs, head: LinearHead, teacher_head: LinearHead | None) -> None:

@@ -48,6 +48,9 @@ def block_losses(
     rows: Float[Tensor, "tokens hidden"], *, head: LinearHead, targets: Targets, weights: TermWeights | None
 ) -> BlockLosses:
     """Return the losses of one block of tokens, and its gradient, in the rows' dtype, where weights are given."""
+    if weights is not None:
+        # kernels know no strides, and autograd hands down one value for all tokens where losses are summed up
+        weights = TermWeights(*(one.contiguous() for one in weights))
     student = _logits(rows, head)
     plain = _normalizer(student)
     ce = labels = None

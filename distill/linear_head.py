@@ -12,6 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+ADDED_AT_ONCE = 16384
+"""Rows of a product that exist beside the sum they are added to: a head's gradient has one per vocabulary entry."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearHead:
@@ -67,10 +70,11 @@ def matmul_into(
 ) -> None:
     """Write ``left @ right`` to ``out``, or add it; on CUDA two bf16 factors stay on the tensor cores."""
     if left.is_cuda and left.dtype == right.dtype == torch.bfloat16 and out.dtype is torch.float32:
-        if add:
-            out.add_(torch.mm(left, right, out_dtype=torch.float32))
-        else:
+        if not add:
             torch.mm(left, right, out_dtype=torch.float32, out=out)
+            return
+        for part in slices(len(left), ADDED_AT_ONCE):
+            out[part].add_(torch.mm(left[part], right, out_dtype=torch.float32))
         return
     left, right = left.to(out.dtype), right.to(out.dtype)
     if add:

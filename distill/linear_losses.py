@@ -1,8 +1,8 @@
-"""The autograd function of the losses through a head: gradients made ahead, exact for any incoming weight.
+"""The autograd functions of the losses through a head: gradients made ahead, exact for any incoming weight.
 
 The gradient to the rows is made in the forward pass, while the logits exist, and is scaled by what comes in from above:
 each token's gradient is linear in its own incoming weight. Where two terms come in with another proportion than
-foreseen, or the head is trained too, the logits are computed again.
+foreseen, or the head is trained too, the logits are computed again; a sum whose weights are given never is.
 """
 
 import importlib.util
@@ -86,6 +86,41 @@ class LinearLosses(torch.autograd.Function):
         return grad_rows.to(rows.dtype), None, None, None, None
 
 
+class WeightedLosses(torch.autograd.Function):
+    """The weighted sum of CE and divergence, and both without a gradient. Saves one gradient row per token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        head: LinearHead,
+        targets: Targets,
+        term_weights: tuple[float, float],
+        chunks: ChunkSizes,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sum, CE and divergence of each token."""
+        ctx.set_materialize_grads(False)
+        weights = None
+        if ctx.needs_input_grad[0]:
+            ones = rows.new_ones(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
+            weights = TermWeights(*(ones * weight for weight in term_weights))
+        ce, divergence, grad_rows, *_ = _run(rows, head.detached(), targets, chunks, weights=weights)
+        assert ce is not None
+        assert divergence is not None
+        ctx.save_for_backward(grad_rows)
+        ctx.rows_dtype = rows.dtype
+        ctx.mark_non_differentiable(ce, divergence)
+        return term_weights[0] * ce + term_weights[1] * divergence, ce, divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the rows."""
+        (grad_rows,) = ctx.saved_tensors
+        grad_rows = None if grad_loss is None else (grad_rows * grad_loss[:, None]).to(ctx.rows_dtype)
+        return grad_rows, None, None, None, None
+
+
 class _Run(NamedTuple):
     ce: Tensor | None
     divergence: Tensor | None
@@ -107,11 +142,15 @@ def _run(
     dtype = accumulation_dtype(rows.dtype)
     ce = None if targets.labels is None else rows.new_empty(rows.shape[0], dtype=dtype)
     divergence = None if targets.divergence is None else rows.new_empty(rows.shape[0], dtype=dtype)
+    # the first block writes and the others add: one onto zeros would first make a whole product beside them
+    make = torch.empty_like if rows.shape[0] else torch.zeros_like
     sums = [
-        torch.zeros_like(like, dtype=dtype) if weights is not None and needed and like is not None else None
+        make(like, dtype=dtype) if weights is not None and needed and like is not None else None
         for needed, like in zip(needs, (rows, head.weight, head.bias), strict=True)
     ]
     grad_rows, grad_weight, grad_bias = sums
+    if grad_bias is not None:
+        grad_bias.zero_()
     scratch = Scratch()
     with _no_autocast(rows):
         for tokens in chunks.blocks(rows):
@@ -133,7 +172,7 @@ def _run(
                 rows_gradient(grad_rows[tokens], block.gradient, head, chunk=chunks.vocab, dtype=rows.dtype)
             if grad_weight is not None:
                 gradient = block.gradient.to(rows.dtype) if rows.is_cuda else block.gradient
-                matmul_into(grad_weight, gradient, rows[tokens], add=True)
+                matmul_into(grad_weight, gradient, rows[tokens], add=tokens.start > 0)
             if grad_bias is not None:
                 grad_bias += block.gradient.sum(1, dtype=grad_bias.dtype)
     return _Run(
@@ -156,12 +195,25 @@ def _block_losses(
 
 
 def kernels_take(rows: Tensor, head: LinearHead, targets: Targets) -> bool:
-    """Tell whether kernels can be compiled, and all factors are in one of the types that they write."""
+    """Tell whether kernels can be compiled, and all factors are in one of the types that they write; warn if not."""
     teacher_head = targets.teacher_head or head
-    factors = [rows, head.weight]
-    factors += [] if targets.teacher_rows is None else [targets.teacher_rows, teacher_head.weight]
-    same = {factor.dtype for factor in factors}
-    return same in ({torch.bfloat16}, {torch.float32}) and can_compile_kernels()
+    factors = {"rows": rows, "head": head.weight}
+    if targets.teacher_rows is not None:
+        factors |= {"teacher's rows": targets.teacher_rows, "teacher's head": teacher_head.weight}
+    if {factor.dtype for factor in factors.values()} in ({torch.bfloat16}, {torch.float32}):
+        return can_compile_kernels()
+    _warn_of_dtypes(", ".join(f"{name} {str(factor.dtype)[6:]}" for name, factor in factors.items()))
+    return False
+
+
+@cache
+def _warn_of_dtypes(found: str) -> None:
+    logger.warning(
+        "the losses through a head are slow: every block turns its factors to float32, because they are not all "
+        "bfloat16 or all float32, found %s. Build the cache with cache.teacher.dtype bfloat16, and train the student "
+        "in bfloat16",
+        found,
+    )
 
 
 @cache

@@ -5,22 +5,21 @@ Losses through a head that is too wide for dense logits are in `distill.chunked_
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from distill.chunked_losses import (
     DEFAULT_CHUNKS,
     ChunkSizes,
     TokenLosses,
+    WeightedTokenLosses,
     accumulation_dtype,
     linear_ce,
     linear_ce_kl,
     linear_divergence,
+    weighted_ce_kl,
 )
 from distill.divergences import FORWARD_KL, Divergence
 from distill.linear_head import LinearHead
@@ -29,14 +28,13 @@ from distill.uld import topk_uld_loss, uld_loss
 __all__ = [
     "DEFAULT_CHUNKS",
     "FORWARD_KL",
-    "HEAD_CHUNK_ROWS",
     "ChunkSizes",
     "Divergence",
     "LinearHead",
     "TokenLosses",
+    "WeightedTokenLosses",
     "feature_mse",
     "forward_kl",
-    "head_ce",
     "jensen_shannon",
     "linear_ce",
     "linear_ce_kl",
@@ -45,35 +43,8 @@ __all__ = [
     "topk_forward_kl",
     "topk_uld_loss",
     "uld_loss",
+    "weighted_ce_kl",
 ]
-
-HEAD_CHUNK_ROWS = 256
-
-
-def head_ce(
-    head: Callable[[Tensor], Tensor],
-    rows: Float[Tensor, "tokens hidden"],
-    *,
-    labels: Int[Tensor, " tokens"],
-    chunk_rows: int = HEAD_CHUNK_ROWS,
-    num_chunks: int | None = None,
-) -> Float[Tensor, " tokens"]:
-    """Return the cross-entropy of each token through a head *module*, in float32.
-
-    Formula: ``-log softmax(head(rows))[label]``, in row chunks that are computed again in the backward pass.
-    Why: under ZeRO-3 a head's weight exists only inside the head's own call; a module may also do more than a product.
-    Source: activation checkpointing, arXiv 1604.06174, over chunks of rows.
-
-    Every call of ``head`` is a collective under ZeRO-3, so ranks with different token counts must still make the same
-    number of calls: pass ``num_chunks`` there (chunks may then be empty).
-    """
-    if num_chunks is None:
-        num_chunks = max(1, -(-rows.shape[0] // chunk_rows))
-    losses = [
-        checkpoint(_head_chunk_ce, head, chunk, chunk_labels, use_reentrant=False)
-        for chunk, chunk_labels in zip(rows.tensor_split(num_chunks), labels.tensor_split(num_chunks), strict=True)
-    ]
-    return torch.cat(losses)
 
 
 def forward_kl(
@@ -148,11 +119,6 @@ def feature_mse(
     """
     dtype = accumulation_dtype(rows.dtype)
     return (rows.to(dtype) - target_rows.to(dtype)).square().mean(-1)
-
-
-def _head_chunk_ce(head: Callable[[Tensor], Tensor], rows: Tensor, labels: Tensor) -> Tensor:
-    logits = head(rows)
-    return functional.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), labels.long(), reduction="none")
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ def nan_of(*tensors: Tensor | None) -> Tensor:
     return nan
 
 
-def is_finite(rows: Tensor) -> bool:
-    """Tell whether all values are finite; waits for the device."""
-    return bool(all_finite(rows))
+def are_finite(*tensors: Tensor) -> list[bool]:
+    """Tell of each tensor whether all values are finite; waits for the device once."""
+    return torch.stack([all_finite(tensor) for tensor in tensors]).tolist()
 
 
 def all_finite(rows: Tensor) -> Bool[Tensor, ""]:

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.chunked_losses import DEFAULT_CHUNKS, ChunkSizes, linear_ce, linear_ce_kl, linear_divergence
+from distill.chunked_losses import DEFAULT_CHUNKS, ChunkSizes, linear_ce, linear_divergence, weighted_ce_kl
 from distill.linear_head import LinearHead, accumulation_dtype
 from distill.loss_names import RegularizationForm
 from distill.losses import feature_mse
@@ -34,17 +34,17 @@ def regularization_loss(
         return rows.new_zeros(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
     if form == "feature_mse":
         return feature_mse(rows, teacher_rows)
-    options: dict[str, Any] = {
+    # of one type both sides are one product
+    teacher_rows = teacher_rows.to(rows.dtype)
+    options: dict[str, Any] = {"sample_ids": sample_ids, "chunks": chunks}
+    if form == "ce_kl":
+        return weighted_ce_kl(rows, teacher_rows=teacher_rows, head=head, labels=labels, **options).loss
+    options |= {
         "weight": head.weight,
         "bias": head.bias,
         "logit_scale": head.logit_scale,
         "logit_softcap": head.logit_softcap,
-        "sample_ids": sample_ids,
-        "chunks": chunks,
     }
     if form == "ce":
         return linear_ce(rows, labels=labels, **options)
-    if form == "kl":
-        return linear_divergence(rows, teacher_rows=teacher_rows, **options)
-    losses = linear_ce_kl(rows, teacher_rows=teacher_rows, labels=labels, **options)
-    return losses.ce_loss + losses.kl_loss
+    return linear_divergence(rows, teacher_rows=teacher_rows, **options)

@@ -16,8 +16,9 @@ from distill.baselines import kd_loss, uld_loss_of_rows
 from distill.batch import Batch, RecalibratedPass
 from distill.linear_head import LinearHead
 from distill.loss_inputs import BadRows
-from distill.losses import TokenLosses, feature_mse, linear_ce, linear_ce_kl
-from distill.refusals import is_finite, nan_of, zero_bad
+from distill.losses import WeightedTokenLosses, linear_ce, weighted_ce_kl
+from distill.refusals import are_finite, nan_of, zero_bad
+from distill.regularization import regularization_loss
 from distill.stage_spec import StageSpec, TrainedPart
 from distill.stage_sums import Counts, ShuffleSums, StageLosses, Totals
 from distill.student import last_hidden_state, logit_options, name_parts
@@ -105,9 +106,10 @@ class StageModel(nn.Module):
         if task == "features":
             return self._features(batch, student_rows)
         assert counts is not None
-        totals, weights = self._totals(batch, hidden_states, student_rows), self.spec.weights
+        main, totals = self._totals(batch, hidden_states, student_rows)
+        weights = self.spec.weights
         loss = (
-            (weights.ce * totals.ce_loss + weights.kl * totals.kl_loss) / max(counts.answer_tokens, 1)
+            main / max(counts.answer_tokens, 1)
             + weights.regularization * totals.regularization_loss / max(counts.regularization_tokens, 1)
             + weights.sft * totals.sft_loss / max(counts.student_tokens, 1)
             + weights.baseline * totals.baseline_loss / max(counts.baseline_terms, 1)
@@ -126,19 +128,21 @@ class StageModel(nn.Module):
             )
         return hidden_states.flatten(0, 1)
 
-    def _totals(self, batch: Batch, hidden_states: Tensor, student_rows: Tensor) -> Totals:
+    def _totals(self, batch: Batch, hidden_states: Tensor, student_rows: Tensor) -> tuple[Tensor, Totals]:
+        """Return the sum of the main pass's weighted terms, which has their gradient, and all sums."""
         zero = hidden_states.new_zeros((), dtype=torch.float32)
-        ce = kl = boundary = regularization = sft = baseline = zero
+        main = ce = kl = boundary = regularization = sft = baseline = zero
         if batch.main is not None:
             losses = self._recalibrated_losses(batch.main, student_rows)
             weights = batch.main.weights
+            main = (losses.loss * weights).sum()
             ce, kl = (losses.ce_loss * weights).sum(), (losses.kl_loss * weights).sum()
             boundary = (losses.ce_loss * weights * batch.main.plan.boundary_mask).sum()
         if batch.regularization is not None and self.spec.regularization_weight > 0:
             regularization = (self._regularization(batch.regularization) * batch.regularization.weights).sum()
         if self.spec.with_answers:
             sft, baseline = self._student_losses(batch, hidden_states)
-        return Totals(ce, kl, boundary, regularization, sft, baseline)
+        return main, Totals(ce, kl, boundary, regularization, sft, baseline)
 
     def _student_losses(self, batch: Batch, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         rows = hidden_states.index_select(0, batch.student.predicting_rows)
@@ -146,8 +150,7 @@ class StageModel(nn.Module):
         try:
             return self._answer_losses(batch, rows, head)
         except BadRows as error:
-            self.refusals.append(str(error))
-            nan = nan_of(rows, head.weight, head.bias)
+            nan = self._refused(error, rows, head.weight, head.bias)
             return nan, nan
 
     def _student_head(self) -> LinearHead:
@@ -188,42 +191,52 @@ class StageModel(nn.Module):
         questions_from: Literal["student", "teacher"] = "student" if passed.question_rows is None else "teacher"
         questions = student_rows if passed.question_rows is None else passed.question_rows
         assert questions is not None
-        bad = [name for name, rows in (("question", questions), ("answer", passed.answer_rows)) if not is_finite(rows)]
+        answers = passed.answer_rows
+        finite = are_finite(questions, answers)
+        bad = [name for name, fine in zip(("question", "answer"), finite, strict=True) if not fine]
+        options: dict[str, Any] = {"plan": passed.plan, "questions_from": questions_from, "are_finite": True}
         if not bad:
-            return self.recalibrator(questions, passed.answer_rows, plan=passed.plan, questions_from=questions_from)
+            return self.recalibrator(questions, answers, **options)
         self.refusals.append(f"{' and '.join(bad)} rows are not finite, questions from the {questions_from}")
         # its modules run all the same: other processes wait in their collectives
-        rows = self.recalibrator(
-            zero_bad(questions), zero_bad(passed.answer_rows), plan=passed.plan, questions_from=questions_from
-        )
+        rows = self.recalibrator(zero_bad(questions), zero_bad(answers), **options)
         return rows * float("nan")
 
-    def _recalibrated_losses(self, passed: RecalibratedPass, student_rows: Tensor | None) -> TokenLosses:
-        head = self.teacher_head
-        assert head is not None
-        rows = self._recalibrated(passed, student_rows)
+    def _recalibrated_losses(self, passed: RecalibratedPass, student_rows: Tensor | None) -> WeightedTokenLosses:
+        rows, weights = self._recalibrated(passed, student_rows), self.spec.weights
         try:
-            return linear_ce_kl(
+            return weighted_ce_kl(
                 rows,
                 teacher_rows=passed.teacher_rows.to(rows.dtype),
-                weight=head.weight,
-                bias=head.bias,
+                head=self._teacher_head(),
                 labels=passed.labels,
-                logit_scale=head.logit_scale,
-                logit_softcap=head.logit_softcap,
+                ce_weight=weights.ce,
+                kl_weight=weights.kl,
             )
         except BadRows as error:
-            self.refusals.append(str(error))
-            nan = nan_of(rows)
-            return TokenLosses(nan, nan)
+            nan = self._refused(error, rows)
+            return WeightedTokenLosses(nan, nan, nan)
 
     def _regularization(self, passed: RecalibratedPass) -> Float[Tensor, " answer_tokens"]:
-        form = self.spec.regularization_form
-        if form == "feature_mse":
-            return feature_mse(self._recalibrated(passed, None), passed.teacher_rows)
-        losses = self._recalibrated_losses(passed, None)
-        terms = {"ce": losses.ce_loss, "kl": losses.kl_loss}
-        return terms[form] if form in terms else losses.ce_loss + losses.kl_loss
+        rows = self._recalibrated(passed, None)
+        try:
+            return regularization_loss(
+                self.spec.regularization_form,
+                rows,
+                teacher_rows=passed.teacher_rows,
+                head=self._teacher_head(),
+                labels=passed.labels,
+            )
+        except BadRows as error:
+            return self._refused(error, rows)
+
+    def _teacher_head(self) -> LinearHead:
+        assert self.teacher_head is not None
+        return _linear_head(self.teacher_head)
+
+    def _refused(self, error: BadRows, *tensors: Tensor | None) -> Tensor:
+        self.refusals.append(str(error))
+        return nan_of(*tensors)
 
     def _question_shuffle(self, batch: Batch, student_rows: Tensor) -> ShuffleSums:
         main, shuffled = batch.main, batch.shuffled

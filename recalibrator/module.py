@@ -46,6 +46,7 @@ class Recalibrator(nn.Module):
         plan: JointSequence,
         *,
         questions_from: QuestionsFrom,
+        are_finite: bool = False,
     ) -> Float[Tensor, "answer_tokens teacher_hidden"]:
         """Return the recalibrated rows that predict the answer tokens, packed by sample, turn, token.
 
@@ -54,8 +55,11 @@ class Recalibrator(nn.Module):
             answer_rows: Packed teacher answer rows (see `split_tier_a`).
             plan: Layout of the batch, on the rows' device.
             questions_from: ``student`` for the main pass, ``teacher`` for the regularisation pass.
+            are_finite: The caller has seen that all rows are. Otherwise they are looked at, which waits for the device.
         """
-        self._check_rows(question_rows, answer_rows, plan, questions_from)
+        self._check_shapes(question_rows, answer_rows, plan, questions_from)
+        if not are_finite:
+            _check_finite(question_rows, answer_rows, plan, questions_from)
         dtype = self.pre_projection.weight.dtype
         questions, answers = question_rows.to(dtype), self.pre_projection(answer_rows.to(dtype))
         if questions_from == "teacher":
@@ -68,14 +72,24 @@ class Recalibrator(nn.Module):
 
     @torch.no_grad()
     def copy_blocks(self, student_layers: nn.ModuleList) -> None:
-        """Start the blocks from the student's last decoder layers instead of fresh weights."""
+        """Start the blocks from the student's last decoder layers instead of fresh weights.
+
+        Raises:
+            ValueError: There are too few, or one has other weights, as the linear attention of a hybrid student has.
+        """
         if len(student_layers) < len(self.blocks):
             raise ValueError(
                 f"cannot start {len(self.blocks)} Recalibrator blocks from {len(student_layers)} student layers: "
                 "lower num_blocks"
             )
         for block, layer in zip(self.blocks, student_layers[-len(self.blocks) :], strict=True):
-            block.load_state_dict(layer.state_dict())
+            try:
+                block.load_state_dict(layer.state_dict())
+            except RuntimeError as error:
+                raise ValueError(
+                    f"cannot start Recalibrator blocks, all of full attention, from the last {len(self.blocks)} student "
+                    f"layers: one has other weights ({', '.join(name for name, _ in layer.named_children())})"
+                ) from error
 
     def _blocks_forward(
         self, hidden_states: Float[Tensor, "1 joint_tokens student_hidden"], plan: JointSequence
@@ -96,7 +110,7 @@ class Recalibrator(nn.Module):
             hidden_states = run(hidden_states, **arguments)
         return hidden_states
 
-    def _check_rows(self, questions: Tensor, answers: Tensor, plan: JointSequence, questions_from: str) -> None:
+    def _check_shapes(self, questions: Tensor, answers: Tensor, plan: JointSequence, questions_from: str) -> None:
         widths = {"student": self.config.student_hidden, "teacher": self.config.teacher_hidden}
         for name, rows, slots, width in (
             (f"question rows from the {questions_from}", questions, plan.question_slots, widths[questions_from]),
@@ -108,10 +122,13 @@ class Recalibrator(nn.Module):
                     f"{name} do not fit the joint sequence of {len(plan.lengths)} samples: expected shape {expected}, "
                     f"found {found}. The rows must be those of the samples that the layout was made for"
                 )
-        # one sum tells, and one wait for the device: a finite sum has no NaN or infinite term
-        if not torch.stack([rows.detach().sum(dtype=torch.float32) for rows in (questions, answers)]).isfinite().all():
-            _refuse_non_finite(f"question rows from the {questions_from}", questions, plan, plan.question_slots)
-            _refuse_non_finite("answer rows", answers, plan, plan.answer_slots)
+
+
+def _check_finite(questions: Tensor, answers: Tensor, plan: JointSequence, questions_from: str) -> None:
+    # one sum tells, and one wait for the device: a finite sum has no NaN or infinite term
+    if not torch.stack([rows.detach().sum(dtype=torch.float32) for rows in (questions, answers)]).isfinite().all():
+        _refuse_non_finite(f"question rows from the {questions_from}", questions, plan, plan.question_slots)
+        _refuse_non_finite("answer rows", answers, plan, plan.answer_slots)
 
 
 def _refuse_non_finite(name: str, rows: Tensor, plan: JointSequence, slots: Tensor) -> None:

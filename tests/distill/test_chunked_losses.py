@@ -13,7 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distill import linear_losses
-from distill.losses import ChunkSizes, Divergence, LinearHead, feature_mse, linear_ce, linear_ce_kl, linear_divergence
+from distill.losses import (
+    ChunkSizes,
+    Divergence,
+    LinearHead,
+    feature_mse,
+    linear_ce,
+    linear_ce_kl,
+    linear_divergence,
+    weighted_ce_kl,
+)
 from distill.regularization import regularization_loss
 from distill.teacher_terms import Targets
 
@@ -251,6 +260,59 @@ def test_both_terms_of_one_weight_are_computed_once_and_others_where_they_differ
     assert products["differing"] == dense * (13 + 2) / 13
 
 
+@pytest.mark.parametrize("term_weights", [(1.0, 1.0), (0.7, 0.3), (0.0, 0.5), (2.0, 0.0)])
+def test_a_weighted_sum_is_computed_once_whatever_the_weights(term_weights):
+    inputs = make_inputs("rows")
+    (token_weights, _), (ce_weight, kl_weight) = random_weights(13), term_weights
+    expected = values_and_gradient(
+        dense_losses, inputs, [one * token_weights for one in term_weights], divergence=Divergence(), head={}
+    )
+    rows = inputs["rows"].clone().requires_grad_()
+    with Products() as counted:
+        found = weighted_ce_kl(
+            rows,
+            teacher_rows=inputs["teacher_rows"],
+            head=LinearHead(weight=inputs["weight"], bias=inputs["bias"]),
+            labels=inputs["labels"],
+            ce_weight=ce_weight,
+            kl_weight=kl_weight,
+            chunks=CHUNKS,
+        )
+        (found.loss * token_weights).sum().backward()
+    assert counted.flops == 3 * 13 * 37 * 6
+    for value, reference in zip((found.ce_loss, found.kl_loss, rows.grad), expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.loss, ce_weight * expected[0] + kl_weight * expected[1])
+    assert not found.ce_loss.requires_grad
+    assert not found.kl_loss.requires_grad
+
+
+def test_a_trained_weights_gradient_is_added_to_from_the_second_block_on():
+    """One onto zeros would first make a whole product, as large as the gradient, where there is but one block."""
+    inputs = make_inputs("rows")
+    rows, weight = inputs["rows"], inputs["weight"].requires_grad_()
+    for chunks, blocks in ((ChunkSizes(), 1), (ChunkSizes(rows=8), 2)):
+        loss = linear_ce(rows, weight=weight, labels=inputs["labels"], chunks=chunks).sum()
+        with Operations(weight.shape) as made:
+            loss.backward()
+        assert made.names.count("addmm_") == blocks - 1
+        assert "zeros_like" not in made.names
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that return a tensor of some shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.names, self._shape = [], shape
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and output.shape == self._shape:
+            self.names.append(func._overloadpacket.__name__)
+        return output
+
+
 class Products(TorchDispatchMode):
     """Multiplications in all matrix products."""
 
@@ -410,12 +472,20 @@ def test_nothing_is_computed_where_nothing_is_to_learn():
         ({"teacher_rows": torch.float32}, False),
     ],
 )
-def test_kernels_take_factors_of_one_type(monkeypatch, changes, taken):
+def test_kernels_take_factors_of_one_type_and_others_are_told_of_once(monkeypatch, caplog, changes, taken):
+    linear_losses._warn_of_dtypes.cache_clear()
     dtypes = dict.fromkeys(("rows", "weight", "teacher_rows"), torch.bfloat16) | changes
     factors = {name: torch.zeros(2, 3, dtype=dtype) for name, dtype in dtypes.items()}
     targets = Targets(divergence=Divergence(), teacher_rows=factors["teacher_rows"])
     monkeypatch.setattr(linear_losses, "can_compile_kernels", lambda: True)
-    assert linear_losses.kernels_take(factors["rows"], LinearHead(weight=factors["weight"]), targets) is taken
+    for _ in range(2):
+        assert linear_losses.kernels_take(factors["rows"], LinearHead(weight=factors["weight"]), targets) is taken
+    told = [
+        "found rows {rows}, head {weight}, teacher's rows {teacher_rows}, teacher's head {weight}.".format(**dtypes)
+    ]
+    told = [message.replace("torch.", "") for message in told]
+    assert [message for message in told if message in caplog.text] == ([] if taken else told)
+    assert caplog.text.count("losses through a head are slow") == (not taken)
     monkeypatch.setattr(linear_losses, "can_compile_kernels", lambda: False)
     assert not linear_losses.kernels_take(factors["rows"], LinearHead(weight=factors["weight"]), targets)
 

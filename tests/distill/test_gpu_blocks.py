@@ -10,6 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distill import linear_losses
+from distill.chunked_losses import linear_ce
 from distill.divergences import Divergence
 from distill.linear_head import LinearHead
 from distill.logit_blocks import Scratch, block_losses
@@ -138,3 +140,21 @@ def test_the_top_k_of_a_teacher_may_stand_for_it(divergence, head):
 @pytest.mark.skipif(DEVICE == "cpu", reason="torch multiplies bfloat16 into float32 on a GPU alone")
 def test_bfloat16_is_rounded_once():
     check(make_problem(Divergence(), dtype=torch.bfloat16), tolerance=1e-5, gradient_tolerance=2**-8)
+
+
+def test_a_trained_weight_gets_its_gradient_from_losses_that_are_summed_up(monkeypatch):
+    from distill import gpu_blocks
+
+    def kernels(rows, head, targets, weights, **_):
+        return gpu_blocks.block_losses(rows, head=head, targets=targets, weights=weights)
+
+    gradients = []
+    for run, dtype in ((kernels, torch.float32), (linear_losses._block_losses, torch.float64)):
+        monkeypatch.setattr(linear_losses, "_block_losses", run)
+        problem = make_problem(None, dtype=torch.float32)
+        rows, weight = (one.to(dtype).requires_grad_() for one in (problem["rows"], problem["head"].weight))
+        # autograd hands down one value for all tokens
+        linear_ce(rows, weight=weight, labels=problem["targets"].labels).sum().backward()
+        gradients.append((rows.grad.double(), weight.grad.double()))
+    for found, expected in zip(*gradients, strict=True):
+        assert (found - expected).norm() < 2e-6 * expected.norm()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distill import linear_losses
 from distill.batch import JoinedSample
 from distill.config import (
     AlignConfig,
@@ -27,6 +28,7 @@ from distill.stages import StageModel
 from distill.student import load_student, name_parts
 from distill.uld import aligned_uld_loss, span_scale, topk_distance
 from recalibrator import Recalibrator, RecalibratorConfig
+from recalibrator import module as recalibrator_module
 from recalibrator.joint_sequence import split_tier_a
 from teacher_cache import open_cache
 from teacher_cache.chat import load_processor
@@ -290,6 +292,61 @@ def test_each_term_has_a_weight_and_the_log_adds_them_up(cache: CacheConfig, tin
     torch.testing.assert_close(losses.loss.detach(), expected)
     sums = {name: float(total) for name, total in totals._asdict().items()}
     assert loss_metrics(sums, counts, spec=data.spec)["train/loss"] == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("align", "passes"),
+    [
+        (AlignConfig(), 2),
+        (AlignConfig(ce_weight=0.7, kl_weight=0.3), 2),
+        (AlignConfig(ce_weight=0.0, regularization_form="kl"), 2),
+        (AlignConfig(kl_weight=0.0, regularization_form="ce"), 2),
+        (AlignConfig(regularization_form="feature_mse"), 1),
+    ],
+)
+def test_logits_are_made_once_whatever_the_weights(
+    cache: CacheConfig, tiny_llava: Path, align: AlignConfig, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = set_up(cache, tiny_llava, stage="align", train=TrainConfig(align=align))
+    batch = data.collate(data.load(range(5)))
+    made = []
+    run = linear_losses._run
+    monkeypatch.setattr(
+        linear_losses, "_run", lambda rows, *args, **kw: made.append(len(rows)) or run(rows, *args, **kw)
+    )
+    losses = model(batch=batch, counts=batch_counts(batch))
+    losses.loss.backward()
+    assert len(made) == passes
+    assert losses.totals.ce_loss > 0
+    assert losses.totals.kl_loss > 0
+
+
+@pytest.mark.parametrize(
+    ("side", "refusal"),
+    [
+        ("question_rows", "question rows are not finite, questions from the teacher"),
+        ("tier_a", "answer rows are not finite, questions from the teacher"),
+    ],
+)
+def test_rows_that_are_not_finite_are_told_of_and_looked_at_once(
+    cache: CacheConfig, tiny_llava: Path, side: str, refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = set_up(cache, tiny_llava, stage="align")
+    batch = data.collate(data.load(range(5)))
+
+    def again(*_: object) -> None:
+        raise AssertionError("looked at again")
+
+    monkeypatch.setattr(recalibrator_module, "_check_finite", again)
+    assert model(batch=batch, counts=batch_counts(batch)).loss.isfinite()
+    assert model.refusals == []
+    rows = getattr(batch.regularization, side).clone()
+    rows[2, 1] = float("nan")
+    changed = dataclasses.replace(batch.regularization, **{side: rows})
+    losses = model(batch=dataclasses.replace(batch, regularization=changed), counts=batch_counts(batch))
+    assert losses.loss.isnan()
+    assert losses.totals.ce_loss.isfinite()
+    assert model.refusals[0] == refusal
 
 
 TIERS = {
