@@ -15,6 +15,7 @@ from distill.encoder import SampleReader, StudentEncoder
 from distill.identity import run_identity, student_files_digest
 from distill.live import TargetSource
 from distill.order import SampleOrder
+from distill.own_recalibrator import build_recalibrator, copy_student_blocks
 from distill.processes import Processes
 from distill.signals import Signals
 from distill.stage_spec import StageSpec, stage_spec
@@ -22,7 +23,7 @@ from distill.stages import StageModel
 from distill.student import packs
 from distill.watchdog import Watchdog
 from distill.zero import load_for_backend, whole
-from recalibrator import Recalibrator, RecalibratorConfig
+from recalibrator import Recalibrator
 from teacher_cache.documents import parse_document
 from teacher_cache.errors import ConfigError
 from teacher_cache.manifest import fingerprint
@@ -149,7 +150,7 @@ def build_model(job: Job, run: StageRun) -> StageModel:
     recalibrator = None
     if run.spec.with_recalibrator:
         trained = None if run.source == job.base else run.source.parent / "recalibrator.safetensors"
-        recalibrator = _build_recalibrator(job, student, trained=trained)
+        recalibrator = _load_recalibrator(job, student, trained=trained)
     if lora is not None:
         earlier = run.source.parent / "adapter"
         goes_on = run.source != job.base and earlier.is_dir()
@@ -175,24 +176,14 @@ def _initial_weights(job: Job, stage: Stage) -> tuple[Path, str]:
     return previous / "export", fingerprint(done["identity"])
 
 
-def _build_recalibrator(job: Job, student: Any, *, trained: Path | None) -> Recalibrator:
+def _load_recalibrator(job: Job, student: Any, *, trained: Path | None) -> Recalibrator:
+    recalibrator = build_recalibrator(
+        student.config.get_text_config(), teacher_hidden=job.cache.hidden_size, train=job.train
+    ).to(getattr(torch, job.student.dtype))
     options = job.train.recalibrator
-    config = RecalibratorConfig(
-        student_config=student.config.get_text_config(),
-        teacher_hidden=job.cache.hidden_size,
-        num_blocks=options.num_blocks,
-        output_norm=options.output_norm,
-        projection_bias=options.projection_bias,
-        positions=options.positions,
-        rope_theta=options.rope_theta,
-        gradient_checkpointing=job.train.gradient_checkpointing,
-    )
-    torch.manual_seed(job.train.seed)
-    recalibrator = Recalibrator(config).to(getattr(torch, job.student.dtype))
     if trained is not None:
         recalibrator.load_state_dict(load_file(trained))
     elif options.init_from_student:
-        layers = student.get_decoder().layers
-        with whole(layers[-options.num_blocks :]):
-            recalibrator.copy_blocks(layers)
+        with whole(student.get_decoder().layers[-options.num_blocks :]):
+            copy_student_blocks(recalibrator, student)
     return recalibrator

@@ -15,6 +15,7 @@ from distill.export import export_adapters, export_recalibrator, export_student
 from distill.folder_lock import TrainingBusy, locked_folder
 from distill.live import TargetSource
 from distill.loop import run_steps
+from distill.own_recalibrator import check_recalibrator
 from distill.processes import Processes
 from distill.signals import noted_signals
 from distill.stage_setup import DONE, Job, StageRun, build_model, own_stages, read_done, set_up_stage
@@ -69,6 +70,7 @@ def train_student(
     ):
         watchdog.expect(f"{student.name}: the start", within_s=train.slow_timeout_s)
         base = resolve_model(student.model, revision=student.revision)
+        check_recalibrator(base, student=student, train=train, stages=chosen)
         processor = load_processor(str(base), trust_remote_code=student.trust_remote_code)
         if end_of_turn(processor) is None:
             logger.warning(

@@ -2,9 +2,10 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaModel
+from transformers import AutoModel, Gemma3TextConfig, GptOssConfig, LlamaModel, Qwen3_5TextConfig
 
 from recalibrator import Recalibrator, RecalibratorConfig
+from recalibrator.joint_sequence import plan_joint_sequence
 from tests.recalibrator.small_recalibrators import (
     FAMILIES,
     SMALL,
@@ -50,6 +51,14 @@ def test_rows_that_are_not_finite_are_refused(side, row, value, message):
         run(make_recalibrator(FAMILIES["llama"]), *rows, TURNS)
 
 
+def test_rows_that_the_caller_has_looked_at_are_not_looked_at_again():
+    questions, answers = random_rows(TURNS)
+    questions[7, 3] = float("nan")
+    module, plan = make_recalibrator(FAMILIES["llama"]), plan_joint_sequence(TURNS)
+    rows = module(questions, answers, plan, questions_from="student", are_finite=True)
+    assert rows.isnan().any(dim=1).tolist() == [False] * 6 + [True] + [False] * 3
+
+
 def test_finite_rows_whose_sum_is_not_are_accepted():
     questions, answers = (rows.float() for rows in random_rows(TURNS))
     run(make_recalibrator(FAMILIES["llama"]).float(), torch.full_like(questions, 1e38), answers, TURNS)
@@ -65,6 +74,21 @@ def test_families_with_several_rotary_bases_are_refused():
     config = Gemma3TextConfig(**SMALL, pad_token_id=0)
     with pytest.raises(ValueError, match=r"gemma3_text.*expected one rotary embedding"):
         Recalibrator(RecalibratorConfig(student_config=config, teacher_hidden=TEACHER))
+
+
+def test_families_that_transformers_gives_no_such_attention_are_refused():
+    config = GptOssConfig(**SMALL, pad_token_id=0, head_dim=8)
+    with pytest.raises(ValueError, match=r"'gpt_oss': expected a text model of 2 layers.*GptOssModel does not support"):
+        Recalibrator(RecalibratorConfig(student_config=config, teacher_hidden=TEACHER))
+
+
+def test_blocks_do_not_start_from_linear_attention():
+    config = Qwen3_5TextConfig(
+        **SMALL, head_dim=8, layer_types=["full_attention", "linear_attention", "full_attention"]
+    )
+    module, layers = make_recalibrator(config), AutoModel.from_config(config).layers
+    with pytest.raises(ValueError, match=r"the last 2 student layers: one has other weights \(linear_attn, "):
+        module.copy_blocks(layers)
 
 
 @pytest.mark.parametrize(
