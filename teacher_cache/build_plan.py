@@ -13,6 +13,7 @@ from teacher_cache.samples import SampleSet
 from teacher_cache.schema import Sample, SkippedSample
 from teacher_cache.storage import open_store
 from teacher_cache.teacher_checkpoint import load_teacher_head, processing_identity, teacher_identity
+from teacher_cache.teacher_copy import at_commit, describe_copy
 from teacher_cache.writer import CacheWriter, create_or_open_builder
 
 TAP = "final-norm"
@@ -27,6 +28,7 @@ def open_builder(config: CacheConfig, samples: SampleSet | SampleTable) -> Cache
     Raises:
         CacheMismatch: It was built from other content.
     """
+    config = config.model_copy(update={"teacher": at_commit(config.teacher)})
     stored = _stored_plan(config.uri)
     known = {} if stored is None else stored.digests()
     new = [sample for sample in samples.samples if sample.sample_id not in known]
@@ -45,6 +47,7 @@ def open_builder(config: CacheConfig, samples: SampleSet | SampleTable) -> Cache
         compression=config.build.compression,
         sharing=config.build.sharing,
         extend=config.build.extend,
+        teacher=describe_copy(config.teacher),
     )
 
 

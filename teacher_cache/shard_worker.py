@@ -1,7 +1,6 @@
 """Builds one shard after the other with one teacher engine: encode, compute, check and write at the same time."""
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,17 +12,17 @@ from typing import Final
 from teacher_cache.build_plan import keeps_question_rows
 from teacher_cache.chat import Processor, encode_conversation, load_processor
 from teacher_cache.config import CacheConfig
-from teacher_cache.errors import GenrecalError, SampleError
-from teacher_cache.head_check import HEAD_CHECK_ROWS, ScoredRows, check_head_agrees
+from teacher_cache.errors import CacheError, GenrecalError, SampleError
+from teacher_cache.head_check import HeadCheck
 from teacher_cache.prefetch import Prefetch
 from teacher_cache.progress import PieceProgress
-from teacher_cache.reader import open_cache
 from teacher_cache.samples import check_skip_budget
 from teacher_cache.schema import EncodedConversation, Sample, SkippedSample, TeacherTargets
 from teacher_cache.shard_attempt import ShardAttempt
 from teacher_cache.spot_check import TOLERANCE, ReferenceRows, SpotCheck, compare_with_reference
 from teacher_cache.teacher import Teacher, TeacherRequest, TransformersTeacher
 from teacher_cache.teacher_checkpoint import checkpoint_directory
+from teacher_cache.teacher_copy import require_same_copy
 from teacher_cache.writer import CacheWriter
 
 logger = logging.getLogger(__name__)
@@ -57,13 +56,21 @@ class ShardWorker:
     def __init__(
         self, config: CacheConfig, *, writer: CacheWriter, identity: dict[str, str], log_file: Path | None
     ) -> None:
-        """Start the engine."""
-        self.config = config
+        """Start the engine, once this node's copy of the teacher is found to be the one that the cache is of.
+
+        Raises:
+            ConfigError: It is another one.
+            CacheError: The cache has no teacher head, or the store does not give it.
+        """
+        if writer.teacher is None or writer.head is None:
+            raise CacheError(f"{config.uri} is opened without the teacher that it is built with; use `open_builder`")
+        teacher = require_same_copy(config.teacher, expected=writer.teacher)
+        self.config = config.model_copy(update={"teacher": teacher})
         self.writer = writer
-        directory = str(checkpoint_directory(config.teacher))
-        self.processor = load_processor(directory, trust_remote_code=config.teacher.trust_remote_code)
-        self.head = open_cache(config.uri, allow_incomplete=True).teacher_head()
-        self.teacher = start_teacher(config, log_file=log_file)
+        directory = str(checkpoint_directory(teacher))
+        self.processor = load_processor(directory, trust_remote_code=teacher.trust_remote_code)
+        self.head = writer.head
+        self.teacher = start_teacher(self.config, log_file=log_file)
         self.identity = {**self.teacher.provenance, **identity}
 
     def build(
@@ -79,24 +86,28 @@ class ShardWorker:
         Raises:
             DataError: More of its samples are bad than ``max_skipped_samples``; nothing is committed.
             TeacherError: The engine failed or its targets fail their checks; nothing is committed.
-            CacheError: The shard cannot be written.
+            CacheError: The shard cannot be written, or was withdrawn meanwhile.
         """
         started = time.monotonic()
-        with self.writer.start_shard(shard_id) as attempt:
+        checking = HeadCheck(self.head, num_samples=len(samples))
+        with self.writer.start_shard(shard_id) as attempt, checking:
             digests = {sample.sample_id: sample.digest for sample in samples}
             attempt.require_planned(list(digests), skipped=(), digests=digests)
-            build = _ShardBuild(self, attempt, samples, references={one.sample_id: one for one in references})
+            build = _ShardBuild(
+                self, attempt, samples, head_check=checking, references={one.sample_id: one for one in references}
+            )
             if not attempt.is_done_elsewhere:
                 yield from build.run()
             # a machine at fault skips all that it gets: what is committed stands for everyone
             data = self.config.data
             where = f"shard {shard_id} of {data.path}"
             check_skip_budget(build.skipped, allowed=data.max_skipped_samples, source=where)
-            difference = check_head_agrees(build.scored_rows, head=self.head)
+            difference = checking.result()
             spot_check = SpotCheck.merged(build.spot_checks)
             provenance = {**self.identity, "head_difference_nats": difference, "spot_check": asdict(spot_check)}
             record = attempt.commit(skipped=build.skipped, provenance=provenance)
-        self.writer.note_committed(shard_id)
+        if record.withdrawn is not None:
+            raise CacheError(f"shard {shard_id}: withdrawn ({record.withdrawn}) while it was built; try it again")
         yield ShardReport(
             shard_id=shard_id,
             samples=len(record.sample_ids),
@@ -114,7 +125,7 @@ class ShardWorker:
 
 
 class _ShardBuild:
-    """One shard on its way: a thread encodes ahead, the engine computes, another thread writes in planned order."""
+    """One shard on its way: a thread encodes ahead, the engine computes, two more write and check in planned order."""
 
     def __init__(
         self,
@@ -122,19 +133,19 @@ class _ShardBuild:
         attempt: ShardAttempt,
         samples: Sequence[Sample],
         *,
+        head_check: HeadCheck,
         references: Mapping[str, ReferenceRows],
     ) -> None:
         self._worker = worker
         self._attempt = attempt
         self._samples = samples
+        self._head_check = head_check
         self._references = references
         self._tolerance = worker.config.build.spot_check_tolerance or TOLERANCE[worker.config.teacher.dtype]
         self._skipped: dict[str, SkippedSample] = {}
         self._computed: dict[str, TeacherTargets] = {}
         self._next = 0
         self._writes: deque[Future[None]] = deque()
-        self._rows_per_sample = math.ceil(HEAD_CHECK_ROWS / len(samples))
-        self.scored_rows: list[ScoredRows] = []
         self.spot_checks: list[SpotCheck] = []
         self.tokens = 0
 
@@ -197,15 +208,15 @@ class _ShardBuild:
         while self._next < len(self._samples):
             sample_id = self._samples[self._next].sample_id
             if (targets := self._computed.pop(sample_id, None)) is not None:
-                self._writes.append(writing.submit(self._write, targets))
+                self._writes.append(writing.submit(self._write, targets, self._next))
             elif sample_id not in self._skipped:
                 break
             self._next += 1
         while self._writes and (self._writes[0].done() or len(self._writes) > WRITES_AHEAD):
             self._writes.popleft().result()
 
-    def _write(self, targets: TeacherTargets) -> None:
-        self.scored_rows.append(ScoredRows.of(targets, count=self._rows_per_sample))
+    def _write(self, targets: TeacherTargets, place: int) -> None:
+        self._head_check.add(targets, place=place)
         if (reference := self._references.get(targets.sample_id)) is not None:
             self.spot_checks.append(compare_with_reference(targets, reference, tolerance=self._tolerance))
         self._attempt.append(targets)

@@ -18,6 +18,8 @@ from teacher_cache.model_files import read_config, refuse_own_code
 from teacher_cache.schema import TeacherHead
 
 WEIGHT_PATTERN = "*.safetensors"
+WEIGHT_INDEX = "model.safetensors.index.json"
+CONFIG_FILES = ("config.json", "generation_config.json", WEIGHT_INDEX)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -127,7 +129,7 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         ConfigError: There are none.
     """
-    index = directory / "model.safetensors.index.json"
+    index = directory / WEIGHT_INDEX
     if index.is_file():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         files = [directory / name for name in sorted(set(names))]
@@ -136,6 +138,12 @@ def weight_files(directory: Path) -> list[Path]:
     if not files:
         raise ConfigError(f"no {WEIGHT_PATTERN} in {directory}: the teacher must be stored as safetensors")
     return files
+
+
+def small_files(directory: Path, *, trusted: bool) -> list[Path]:
+    """Return what decides beside the weights how a checkpoint works, its own code where that is trusted."""
+    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES, *TEMPLATE_FILES, *QUANTIZATION_FILES]
+    return _present(directory, [*patterns, *(CODE_FILES if trusted else ())])
 
 
 def digest_files(files: Sequence[Path]) -> str:

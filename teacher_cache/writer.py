@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teacher_cache.checked_file import checked_file
 from teacher_cache.codec import encode_teacher_head, load_teacher_head
@@ -14,7 +14,7 @@ from teacher_cache.documents import plain_json
 from teacher_cache.durable_files import digest_bytes
 from teacher_cache.errors import CacheCorrupt, CacheError, CacheMismatch, CacheNotFound, ConfigError
 from teacher_cache.gc import LEFTOVERS, find_leftovers, sweep
-from teacher_cache.ledger import COMMITS, CommitRecord
+from teacher_cache.ledger import COMMITS, CommitRecord, record_name
 from teacher_cache.local_store import LocalStore
 from teacher_cache.manifest import (
     LIMIT_BYTES,
@@ -41,6 +41,9 @@ from teacher_cache.snapshot import SNAPSHOTS, publish_snapshot
 from teacher_cache.standing import read_record, read_standing, standing_revisions
 from teacher_cache.storage import Store, open_store, require_create
 
+if TYPE_CHECKING:
+    from teacher_cache.teacher_copy import TeacherCopy
+
 logger = logging.getLogger(__name__)
 
 
@@ -55,6 +58,7 @@ def create_or_open_builder(
     compression: Compression = "none",
     sharing: Sharing = "private",
     extend: bool = False,
+    teacher: "TeacherCopy | None" = None,
 ) -> "CacheWriter":
     """Create a cache, or open one that holds the same content to go on with it.
 
@@ -84,7 +88,7 @@ def create_or_open_builder(
         require_samples(stored, asked=digests, where=uri, extend=extend)
         if new := _new_shards(stored, asked=asked):
             append_generation(store, manifest, stored=stored, shards=new)
-    writer = CacheWriter(uri=uri, fingerprint=manifest.fingerprint, compression=compression)
+    writer = CacheWriter(uri=uri, fingerprint=manifest.fingerprint, compression=compression, teacher=teacher)
     writer.complete()
     return writer
 
@@ -96,6 +100,8 @@ class CacheWriter:
     uri: str
     fingerprint: str
     compression: Compression = "none"
+    teacher: "TeacherCopy | None" = None
+    """What the copies of the teacher are compared with that workers load."""
 
     def missing_shards(self) -> list[PlannedShard]:
         """Return the planned shards that are not committed, in planned order."""
@@ -112,12 +118,14 @@ class CacheWriter:
 
         Raises:
             CacheMismatch: the shard is not planned.
+            CacheError: the store does not tell which records there are.
         """
-        shard = next((shard for shard in self.plan.shards if shard.shard_id == shard_id), None)
+        shard = self._planned.get(shard_id)
         if shard is None:
             raise CacheMismatch(f"shard {shard_id!r} is not planned in {self.uri}; take shards from missing_shards()")
-        standing = standing_revisions(self.store)
-        previous = self._record(shard, standing) if shard_id in standing else None
+        if self._has_later_record(shard_id):
+            self._listed.update(standing_revisions(self.store))
+        previous = self._record(shard, self._listed) if shard_id in self._listed else None
         return ShardAttempt(self, shard, previous=previous)
 
     def commit_shard(
@@ -188,7 +196,7 @@ class CacheWriter:
         return self._record(shard, standing_revisions(self.store))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CacheWriter, (self.uri, self.fingerprint, self.compression)
+        return CacheWriter, (self.uri, self.fingerprint, self.compression, self.teacher)
 
     @cached_property
     def store(self) -> Store:
@@ -223,6 +231,19 @@ class CacheWriter:
             return None
         with checked_file(self.store, entry.file, expected=entry.digest, where="teacher head") as path:
             return load_teacher_head(path, vocab_size=entry.vocab_size, hidden_size=entry.hidden_size)
+
+    @cached_property
+    def _planned(self) -> dict[str, PlannedShard]:
+        return {shard.shard_id: shard for shard in self.plan.shards}
+
+    @cached_property
+    def _listed(self) -> dict[str, int]:
+        """The revisions that stood when records were listed last: a listing for every shard would be quadratic."""
+        return standing_revisions(self.store)
+
+    def _has_later_record(self, shard_id: str) -> bool:
+        with _store_errors(f"shard {shard_id}: cannot look for its record in {self.uri}/{COMMITS}"):
+            return self.store.size(record_name(shard_id, self._listed.get(shard_id, -1) + 1)) is not None
 
     @cached_property
     def _open_shards(self) -> set[str]:

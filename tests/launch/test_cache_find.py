@@ -39,6 +39,7 @@ def fill(config: CacheConfig, *, shards: int | None = None) -> None:
     by_id = {sample.sample_id: sample for sample in samples.samples}
     for shard in writer.missing_shards()[:shards]:
         list(worker.build(shard.shard_id, [by_id[sample_id] for sample_id in shard.sample_ids]))
+    writer.complete()
     worker.close()
 
 

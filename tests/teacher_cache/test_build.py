@@ -193,6 +193,7 @@ def test_an_image_that_the_processor_refuses_costs_one_sample(tiny_qwen2_vl: Pat
     *_, report = worker.build("shard-000000", samples.samples)
     assert isinstance(report, ShardReport)
     assert [(bad.sample_id, bad.reason) for bad in report.skipped] == [("thin", "not-encodable")]
+    assert worker.writer.complete()
     assert open_cache(config.uri).sample_ids == ("good",)
 
     assert build_cache(config).skipped == report.skipped
@@ -207,6 +208,7 @@ def test_an_image_that_the_processor_refuses_costs_one_sample(tiny_qwen2_vl: Pat
         list(worker.build("shard-000000", samples.samples))
     worker.config = config
     list(worker.build("shard-000000", samples.samples))
+    assert worker.writer.complete()
     assert open_cache(config.uri).sample_ids == ("good",)
 
 
