@@ -13,15 +13,22 @@ from typing import Any
 import torch
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore
 
-from teacher_cache.errors import ConfigError
+from teacher_cache.errors import ConfigError, GenrecalError
 
-ARRIVAL_TIMEOUT_S = 600.0
-"""Time for all processes to arrive: nodes of a cluster do not start at once."""
+ARRIVAL_TIMEOUT_S = 1800.0
+"""Time for all processes to arrive: nodes of a cluster do not start at once, and some load their image first."""
 HANDSHAKE_TIMEOUT_S = 30.0
 """Time for whatever listens at MASTER_PORT to answer like the first process of a launch."""
 POLL_S = 0.2
 
 _launches = itertools.count()
+
+
+class RendezvousFailed(GenrecalError):
+    """The processes of a launch did not meet; they may when they are started again."""
+
+    code = "rendezvous"
+    exit_code = 3
 
 
 def join_process_group(
@@ -37,7 +44,8 @@ def join_process_group(
         arrival_timeout_s: Longest wait for the other processes.
 
     Raises:
-        ConfigError: MASTER_PORT is taken, nobody answers there, or the processes contradict each other.
+        RendezvousFailed: MASTER_PORT is taken, nobody answers there, or some processes did not arrive.
+        ConfigError: The processes contradict each other.
     """
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     # torchrun's store outlives a group: the next one must not find the names of this one
@@ -63,7 +71,7 @@ def _store(environment: Mapping[str, str], *, arrival_timeout_s: float) -> TCPSt
             return connect()
         except (DistNetworkError, DistStoreError) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(
+            raise RendezvousFailed(
                 f"this process cannot listen at MASTER_PORT {port} ({reason}): another program has it; set "
                 "MASTER_PORT to a free port"
             ) from error
@@ -86,7 +94,7 @@ def _wait_for_listener(host: str, port: int, *, timeout_s: float) -> None:
                 return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ConfigError(
+                raise RendezvousFailed(
                     f"nobody listens at MASTER_ADDR {host}, MASTER_PORT {port} after {timeout_s:g} s ({error}): the "
                     "process with RANK 0 must run on that machine"
                 ) from error
@@ -107,9 +115,9 @@ def _in_time(connect: Callable[[], TCPStore], *, timeout_s: float, message: str)
     try:
         found = outcome.get(timeout=timeout_s)
     except queue.Empty:
-        raise ConfigError(message) from None
+        raise RendezvousFailed(message) from None
     if isinstance(found, Exception):
-        raise ConfigError(message) from found
+        raise RendezvousFailed(message) from found
     return found
 
 
@@ -117,18 +125,23 @@ def wait_for_all(store: Store, *, rank: int, world_size: int, timeout_s: float) 
     """Return once every process has called this.
 
     Raises:
-        ConfigError: Another process states another size or the same rank, or some did not arrive in time.
+        ConfigError: Another process states another size.
+        RendezvousFailed: Another has the same rank, or some did not arrive in time.
     """
     stated = store.compare_set("world_size", "", str(world_size)).decode()
     if stated != str(world_size):
         raise ConfigError(f"WORLD_SIZE is {world_size} in this process and {stated} in another: start both alike")
     if store.add(f"rank/{rank}", 1) > 1:
-        raise ConfigError(f"two processes have RANK {rank}: give each its own, or each launch its own MASTER_PORT")
+        # no refusal: a scheduler that replaces a process lets it meet those that the lost one has left behind
+        raise RendezvousFailed(
+            f"two processes have RANK {rank}: one was replaced before the others ended, or give each its own RANK and "
+            "each launch its own MASTER_PORT"
+        )
     arrived = store.add("arrived", 1)
     deadline = time.monotonic() + timeout_s
     while arrived < world_size:
         if time.monotonic() > deadline:
-            raise ConfigError(
+            raise RendezvousFailed(
                 f"{arrived} of {world_size} processes arrived within {timeout_s:g} s: look at the logs of the others"
             )
         time.sleep(POLL_S)

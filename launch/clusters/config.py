@@ -58,7 +58,7 @@ class NodeResources(StrictConfig):
     nodes: int | None = Field(default=None, gt=0)
     """Nodes; by default as few as have the GPUs that the job needs."""
     gpus_per_node: int = Field(default=8, ge=0)
-    """GPUs of each node; 0 where there are none."""
+    """GPUs that a node has, 0 where there are none; the job asks for those that its processes use."""
 
 
 class SlurmJobConfig(NodeResources):
@@ -182,6 +182,20 @@ class KubeReportConfig(KubeJobConfig):
     """GPUs of the pod."""
 
 
+class KubeHeadConfig(StrictConfig):
+    """What the head of the cache job asks Kubernetes for: it runs the driver, no replica, and has no GPU."""
+
+    cpus: float = Field(default=8.0, gt=0)
+    """CPUs of its pod."""
+    memory_gib: float = Field(default=64.0, gt=0)
+    """Memory of its pod in GiB, shared memory included."""
+    shared_memory_gib: float = Field(default=16.0, gt=0)
+    """Size of /dev/shm in GiB, for Ray's object store."""
+    node_selector: dict[Line, Line] = Field(default_factory=dict)
+    """Labels that its node must have, and that of the pod which submits the driver; the other selector is for pods with
+    GPUs."""
+
+
 class KubeRayConfig(StrictConfig):
     """Jobs on Kubernetes: the cache through the KubeRay operator (1.5.1 or newer), training as Indexed Jobs."""
 
@@ -196,17 +210,19 @@ class KubeRayConfig(StrictConfig):
     queue: DnsName | None = None
     """Local queue of Kueue that admits the jobs; without it they start at once."""
     claim: DnsName | None = None
-    """Persistent volume claim (ReadWriteMany) with data, cache and output; needed where paths are no URIs of stores."""
+    """Persistent volume claim (ReadWriteMany) with data, cache and output; needed to submit."""
     mount_path: Line = "/workspace"
     """Where the claim is mounted, and the working directory of every job."""
     node_selector: dict[Line, Line] = Field(default_factory=dict)
-    """Labels that nodes must have."""
+    """Labels that nodes must have, but for the head's."""
     tolerations: tuple[dict[str, Any], ...] = ()
     """Taints that the pods tolerate, as in a pod's specification."""
     secrets: dict[VariableName, SecretReference] = Field(default_factory=dict)
     """Environment variables whose values Kubernetes takes from Secrets."""
     cache: KubeJobConfig = KubeJobConfig()
-    """Ray workers of the cache job; the head has no GPU."""
+    """Ray workers of the cache job."""
+    head: KubeHeadConfig = KubeHeadConfig()
+    """Ray's head in the cache job."""
     train: KubeJobConfig = KubeJobConfig()
     """One training job per student."""
     report: KubeReportConfig = KubeReportConfig()
@@ -216,7 +232,12 @@ class KubeRayConfig(StrictConfig):
     wait_s: int = Field(default=14 * 86400, gt=0)
     """Seconds that a job waits for those that it depends on."""
     max_attempts: int = Field(default=5, gt=0)
-    """Times that a job starts over after it was interrupted or left incomplete."""
+    """Times that the cache job and the report start over after they were interrupted or left incomplete."""
+    max_restarts: int = Field(default=50, ge=0)
+    """Pods of a training that may fail and are replaced, per node, before it stays failed: one that is preempted takes
+    its partners with it, and these count."""
+    grace_s: int = Field(default=600, gt=0)
+    """Seconds that a training has to save when its pods are told to end."""
     keep_s: int = Field(default=86400, ge=0)
     """Seconds for which Kubernetes keeps a finished job."""
 

@@ -73,22 +73,37 @@ def _job(kind: Kind, *, spec: dict[str, Any], complete: Callable[[], bool], stud
     return Job(kind=kind, student=student, key=key, complete=complete())
 
 
-def cache_nodes(config: RunConfig, resources: NodeResources) -> int:
-    """Return how many nodes the replicas of the teacher need, where the run file does not say it.
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What the replicas of the teacher need of nodes."""
+
+    nodes: int
+    gpus_per_node: int
+    """GPUs that are asked for, those that replicas use."""
+
+
+def cache_shape(config: RunConfig, resources: NodeResources) -> CacheShape:
+    """Return how the replicas of the teacher spread over nodes; by default over as few as hold them.
 
     Raises:
         ConfigError: A node has fewer GPUs than a replica, which lies on one node.
     """
     build = config.cache.build
-    gpus = build.tensor_parallel_size * build.pipeline_parallel_size
-    if not resources.gpus_per_node:
-        return resources.nodes or 1
+    gpus = build.gpus_per_replica
+    if gpus is None:
+        gpus = build.tensor_parallel_size * build.pipeline_parallel_size
+    if not resources.gpus_per_node or not gpus:
+        return CacheShape(nodes=resources.nodes or 1, gpus_per_node=0)
     if gpus > resources.gpus_per_node:
         raise ConfigError(
-            f"a replica of the teacher takes {gpus} GPUs (cache.build.tensor_parallel_size x pipeline_parallel_size), "
+            f"a replica of the teacher takes {gpus:g} GPUs "
+            "(cache.build.tensor_parallel_size x pipeline_parallel_size), "
             f"a node has {resources.gpus_per_node}: lower these, or take nodes with more GPUs"
         )
-    return resources.nodes or math.ceil(build.num_replicas / (resources.gpus_per_node // gpus))
+    most = int(resources.gpus_per_node // gpus)
+    nodes = resources.nodes or math.ceil(build.num_replicas / most)
+    each = min(most, math.ceil(build.num_replicas / nodes))
+    return CacheShape(nodes=nodes, gpus_per_node=math.ceil(each * gpus))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +112,8 @@ class TrainShape:
 
     nodes: int
     processes_per_node: int
+    gpus_per_node: int
+    """GPUs that are asked for: one per process, or none."""
 
 
 def train_shape(config: RunConfig, resources: NodeResources, *, where: str) -> TrainShape:
@@ -113,4 +130,4 @@ def train_shape(config: RunConfig, resources: NodeResources, *, where: str) -> T
             f"train.num_processes is {processes}, which {where} cannot spread over {nodes} node(s) of {gpus} GPU(s): "
             f"expected the same number on each and at most one per GPU; change {where}.nodes or train.num_processes"
         )
-    return TrainShape(nodes=nodes, processes_per_node=per_node)
+    return TrainShape(nodes=nodes, processes_per_node=per_node, gpus_per_node=per_node if gpus else 0)

@@ -3,15 +3,15 @@
 Pure functions over plain objects; nothing is submitted here. The API server refuses what does not fit its schemas.
 """
 
-import math
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import yaml
 
-from launch.clusters.config import KubeJobConfig, KubeRayConfig
-from launch.clusters.jobs import Job, cache_nodes, train_shape
+from launch.clusters.config import KubeRayConfig
+from launch.clusters.jobs import Job, cache_shape, train_shape
+from launch.clusters.kube_pods import Manifest, head_size, render_pod, submitter_size, worker_size
 from launch.clusters.node_ranks import REFUSALS
 from launch.run_config import RunConfig
 from teacher_cache.errors import ConfigError
@@ -19,11 +19,20 @@ from teacher_cache.errors import ConfigError
 RUN_FILE = "/etc/genrecal/run.yaml"
 MASTER_PORT = 29500
 PYTHON = "python"
-Manifest = dict[str, Any]
+HEAD_LOSSES = 2
+"""Clusters of the cache job that may be lost with their heads; all else the driver itself tries again."""
 
 
-def manifests(config: RunConfig, jobs: Sequence[Job], *, under_way: Collection[str] = ()) -> list[Manifest]:
-    """Return what is applied for the jobs that are neither complete nor under way (by name), their run file first.
+def manifests(
+    config: RunConfig, jobs: Sequence[Job], *, submitted: str, names: Collection[str] | None = None
+) -> list[Manifest]:
+    """Return what is applied for the jobs that are not complete, their run file first.
+
+    Args:
+        config: The run file.
+        jobs: All jobs of the run.
+        submitted: Time of this submission, ISO 8601.
+        names: Which of them are applied; by default all.
 
     Raises:
         ConfigError: The run file names no image, or the training processes do not spread evenly.
@@ -31,16 +40,17 @@ def manifests(config: RunConfig, jobs: Sequence[Job], *, under_way: Collection[s
     if config.cluster.kuberay.image is None:
         raise ConfigError("cluster.kuberay.image is not set: build one from Dockerfile and name it in the run file")
     left = [job for job in jobs if not job.complete]
-    to_submit = [job for job in left if job.name not in under_way]
+    to_submit = [job for job in left if names is None or job.name in names]
     objects = [_run_file(config, left)] if to_submit else []
     for job in to_submit:
         before = [other for other in left if (other.kind, job.kind) in (("cache", "train"), ("train", "report"))]
+        wait_command = _wait_command(config.cluster.kuberay, before, submitted=submitted) if before else []
         if job.kind == "cache":
-            objects.append(_cache_job(config, job, left))
+            objects.append(_cache_job(config, job, config_map=_config_map(left), submitted=submitted))
         elif job.kind == "train":
-            objects += _train_job(config, job, left, before)
+            objects += _train_job(config, job, config_map=_config_map(left), wait_command=wait_command)
         else:
-            objects.append(_report_job(config, job, left, before))
+            objects.append(_report_job(config, job, config_map=_config_map(left), wait_command=wait_command))
     return objects
 
 
@@ -64,27 +74,33 @@ def _config_map(jobs: Sequence[Job]) -> str:
     return f"genrecal-run-{jobs[-1].key}"
 
 
-def _cache_job(config: RunConfig, job: Job, jobs: Sequence[Job]) -> Manifest:
-    kube = config.cluster.kuberay
-    arguments = [PYTHON, "-m", "launch.clusters.ray_driver", "cache", RUN_FILE, "--attempts", str(kube.max_attempts)]
-    nodes = cache_nodes(config, kube.cache)
-    head = kube.cache.model_copy(update={"gpus_per_node": 0})
+def _cache_job(config: RunConfig, job: Job, *, config_map: str, submitted: str) -> Manifest:
+    kube, shape = config.cluster.kuberay, cache_shape(config, config.cluster.kuberay.cache)
+    arguments = [
+        *(PYTHON, "-m", "launch.clusters.ray_driver", "cache", RUN_FILE),
+        *("--attempts", str(kube.max_attempts), "--since", submitted),
+    ]
+    size = worker_size(kube, kube.cache, gpus=shape.gpus_per_node)
     worker = {
         "groupName": "replicas",
-        "replicas": nodes,
-        "minReplicas": nodes,
-        "maxReplicas": nodes,
+        "replicas": shape.nodes,
+        "minReplicas": shape.nodes,
+        "maxReplicas": shape.nodes,
         "rayStartParams": {},
-        "template": {"spec": _pod(kube, kube.cache, jobs, container="ray-worker")},
+        "template": {"spec": render_pod(kube, size, config_map=config_map, container="ray-worker")},
     }
+    head = render_pod(kube, head_size(kube), config_map=config_map, container="ray-head")
+    submitter = render_pod(kube, submitter_size(kube), config_map=config_map, container="ray-job-submitter")
     spec = {
         # one command of quoted words: the operator puts it behind `ray job submit --` in a shell line of its own
         "entrypoint": shlex.join(arguments),
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": kube.keep_s,
         "activeDeadlineSeconds": kube.time_limit_s,
-        "backoffLimit": kube.max_attempts,
+        # the operator starts a whole cluster again whatever the driver's exit code is
+        "backoffLimit": HEAD_LOSSES,
         "submissionMode": "K8sJobMode",
+        "submitterPodTemplate": {"spec": {**submitter, "restartPolicy": "Never"}},
         **({"suspend": True} if kube.queue is not None else {}),
         "rayClusterSpec": {
             "rayVersion": kube.ray_version,
@@ -92,7 +108,7 @@ def _cache_job(config: RunConfig, job: Job, jobs: Sequence[Job]) -> Manifest:
             "headGroupSpec": {
                 # no replica of the teacher on the head, which has no GPU
                 "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
-                "template": {"spec": _pod(kube, head, jobs, container="ray-head")},
+                "template": {"spec": head},
             },
             "workerGroupSpecs": [worker],
         },
@@ -100,7 +116,7 @@ def _cache_job(config: RunConfig, job: Job, jobs: Sequence[Job]) -> Manifest:
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": _metadata(config, job.name), "spec": spec}
 
 
-def _train_job(config: RunConfig, job: Job, jobs: Sequence[Job], before: Sequence[Job]) -> list[Manifest]:
+def _train_job(config: RunConfig, job: Job, *, config_map: str, wait_command: Sequence[str]) -> list[Manifest]:
     kube, student = config.cluster.kuberay, job.student or ""
     shape = train_shape(config, kube.train, where="cluster.kuberay.train")
     service = {
@@ -121,104 +137,50 @@ def _train_job(config: RunConfig, job: Job, jobs: Sequence[Job], before: Sequenc
         *("--master", f"{job.name}-0.{job.name}:{MASTER_PORT}"),
         *("--log-dir", literal(f"{config.output_dir}/logs/train-{student}-ranks")),
     ]
-    pod = _pod(kube, kube.train, jobs, container="trainer", command=command, before=before)
+    size = worker_size(kube, kube.train, gpus=shape.gpus_per_node)
+    pod = render_pod(kube, size, config_map=config_map, container="trainer", command=command, wait_command=wait_command)
     pod["subdomain"] = job.name
-    spec = _job_spec(kube, pod, nodes=shape.nodes)
+    pod["terminationGracePeriodSeconds"] = kube.grace_s
+    spec = _job_spec(kube, pod, nodes=shape.nodes, failures=kube.max_restarts * shape.nodes)
     return [service, {"apiVersion": "batch/v1", "kind": "Job", "metadata": _metadata(config, job.name), "spec": spec}]
 
 
-def _report_job(config: RunConfig, job: Job, jobs: Sequence[Job], before: Sequence[Job]) -> Manifest:
+def _report_job(config: RunConfig, job: Job, *, config_map: str, wait_command: Sequence[str]) -> Manifest:
     kube = config.cluster.kuberay
     command = [PYTHON, "-m", "launch.clusters.report_job", RUN_FILE]
-    pod = _pod(kube, kube.report, jobs, container="report", command=command, before=before)
-    spec = _job_spec(kube, pod, nodes=1)
+    size = worker_size(kube, kube.report, gpus=kube.report.gpus_per_node)
+    pod = render_pod(kube, size, config_map=config_map, container="report", command=command, wait_command=wait_command)
+    spec = _job_spec(kube, pod, nodes=1, failures=kube.max_attempts)
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": _metadata(config, job.name), "spec": spec}
 
 
-def _job_spec(kube: KubeRayConfig, pod: Manifest, *, nodes: int) -> Manifest:
-    refused = {"containerName": pod["containers"][0]["name"], "operator": "In", "values": list(REFUSALS)}
+def _wait_command(kube: KubeRayConfig, before: Sequence[Job], *, submitted: str) -> list[str]:
+    labels = [word for job in before for word in ("--job", job.label)]
+    return [
+        *(PYTHON, "-m", "launch.clusters.wait", RUN_FILE),
+        *("--limit-s", str(kube.wait_s), "--since", submitted, *map(literal, labels)),
+    ]
+
+
+def _job_spec(kube: KubeRayConfig, pod: Manifest, *, nodes: int, failures: int) -> Manifest:
     return {
         "completionMode": "Indexed",
         "completions": nodes,
         "parallelism": nodes,
-        "backoffLimit": kube.max_attempts * nodes,
+        "backoffLimit": failures,
         "activeDeadlineSeconds": kube.time_limit_s,
         "ttlSecondsAfterFinished": kube.keep_s,
         **({"suspend": True} if kube.queue is not None else {}),
         "podFailurePolicy": {
             "rules": [
-                {"action": "FailJob", "onExitCodes": refused},
-                # preempted or drained: not the job's fault
+                # of any container: one that waits for a job that was refused is refused too
+                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(REFUSALS)}},
+                # preempted or drained: not the job's fault; its partners, which fail without it, do count
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
         },
         "template": {"spec": {**pod, "restartPolicy": "Never"}},
     }
-
-
-def _pod(
-    kube: KubeRayConfig,
-    resources: KubeJobConfig,
-    jobs: Sequence[Job],
-    *,
-    container: str,
-    command: Sequence[str] = (),
-    before: Sequence[Job] = (),
-) -> Manifest:
-    mounts = [
-        {"name": "run-file", "mountPath": "/etc/genrecal", "readOnly": True},
-        {"name": "shared-memory", "mountPath": "/dev/shm"},
-    ]
-    volumes: list[Manifest] = [
-        {"name": "run-file", "configMap": {"name": _config_map(jobs)}},
-        {
-            "name": "shared-memory",
-            "emptyDir": {"medium": "Memory", "sizeLimit": f"{_mebibytes(resources.shared_memory_gib)}Mi"},
-        },
-    ]
-    if kube.claim is not None:
-        mounts.append({"name": "workspace", "mountPath": kube.mount_path})
-        volumes.append({"name": "workspace", "persistentVolumeClaim": {"claimName": kube.claim}})
-    shared = {
-        "image": kube.image,
-        **({"workingDir": kube.mount_path} if kube.claim is not None else {}),
-        "env": [
-            {"name": name, "valueFrom": {"secretKeyRef": {"name": source.secret, "key": source.key}}}
-            for name, source in kube.secrets.items()
-        ],
-        "volumeMounts": mounts,
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-    }
-    amounts = {"cpu": f"{round(resources.cpus_per_node * 1000)}m", "memory": f"{_mebibytes(resources.memory_gib)}Mi"}
-    gpus = {"nvidia.com/gpu": resources.gpus_per_node} if resources.gpus_per_node else {}
-    main = {
-        "name": container,
-        **shared,
-        **({"command": list(command)} if command else {}),
-        "resources": {"requests": {**amounts, **gpus}, "limits": {"memory": amounts["memory"], **gpus}},
-    }
-    pod: Manifest = {
-        "securityContext": {"runAsNonRoot": True, "fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
-        "containers": [main],
-        "volumes": volumes,
-    }
-    if before:
-        pod["initContainers"] = [_waiting(kube, shared, before)]
-    if kube.service_account is not None:
-        pod["serviceAccountName"] = kube.service_account
-    if kube.node_selector:
-        pod["nodeSelector"] = dict(kube.node_selector)
-    if kube.tolerations:
-        pod["tolerations"] = [dict(toleration) for toleration in kube.tolerations]
-    return pod
-
-
-def _waiting(kube: KubeRayConfig, shared: Mapping[str, Any], before: Sequence[Job]) -> Manifest:
-    command = [PYTHON, "-m", "launch.clusters.wait", RUN_FILE, "--limit-s", str(kube.wait_s)]
-    for job in before:
-        command += ["--job", job.label]
-    small = {"cpu": "500m", "memory": "2Gi"}
-    return {"name": "wait", **shared, "command": command, "resources": {"requests": small, "limits": small}}
 
 
 def literal(text: str) -> str:
@@ -232,7 +194,3 @@ def _metadata(config: RunConfig, name: str, *, queued: bool = True) -> Manifest:
     if queued and kube.queue is not None:
         labels["kueue.x-k8s.io/queue-name"] = kube.queue
     return {"name": name, "namespace": kube.namespace, "labels": labels}
-
-
-def _mebibytes(gib: float) -> int:
-    return math.ceil(gib * 1024)

@@ -1,8 +1,9 @@
 """Apply the manifests of a run with kubectl."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
-from launch.clusters.jobs import Job, run_jobs
+from launch.clusters.jobs import Job, Kind, run_jobs
 from launch.clusters.journal import Submission, append
 from launch.clusters.kuberay import as_yaml, manifests
 from launch.clusters.programs import run_program
@@ -17,37 +18,39 @@ UNSET_IMAGE = "IMAGE"
 """Stands in a plan for the image that the run file does not name yet."""
 
 
-def describe_kuberay(config: RunConfig) -> str:
-    """Return the manifests as pure YAML."""
+def describe_kuberay(config: RunConfig, *, only: Collection[Kind] = ()) -> str:
+    """Return the manifests as pure YAML, of some kinds of jobs or of all."""
     kube = config.cluster.kuberay
     if kube.image is None:
         kube = kube.model_copy(update={"image": UNSET_IMAGE})
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"kuberay": kube})})
     jobs = run_jobs(config)
-    done = "".join(f"# complete already: {job.label}\n" for job in jobs if job.complete)
+    done = "".join(f"# complete already: {job.label}\n" for job in _chosen(jobs, only) if job.complete)
     unset = "# cluster.kuberay.image is not set: IMAGE stands for it\n" if kube.image == UNSET_IMAGE else ""
-    return done + unset + as_yaml(manifests(config, jobs))
+    names = [job.name for job in _chosen(jobs, only)]
+    return done + unset + as_yaml(manifests(config, jobs, submitted=now(), names=names))
 
 
-def submit_kuberay(config: RunConfig) -> list[Outcome]:
-    """Apply what is neither complete nor under way; what has ended without its marks is deleted first."""
-    jobs = run_jobs(config)
-    kube = config.cluster.kuberay
-    states = kube_states([_submission(config, job) for job in jobs if not job.complete])
-    _delete_ended(config, jobs, states)
-    outcomes = [Outcome(job=job, job_id=None, state="complete already") for job in jobs if job.complete]
-    left = [job for job in jobs if not job.complete]
-    if not left:
-        return outcomes
-    if kube.claim is None and not _remote(config):
+def submit_kuberay(config: RunConfig, *, only: Collection[Kind] = ()) -> list[Outcome]:
+    """Apply what is neither complete nor under way, of some kinds of jobs or of all; what has ended is deleted first.
+
+    Raises:
+        ConfigError: The run file names no claim or no image, or the training processes do not spread evenly.
+    """
+    if config.cluster.kuberay.claim is None:
         raise ConfigError(
-            "cluster.kuberay.claim is not set, but output_dir and cache are paths: the pods would write into "
-            "themselves; name a ReadWriteMany claim"
+            "cluster.kuberay.claim is not set: the pods would write into themselves; name a ReadWriteMany claim"
         )
+    jobs = run_jobs(config)
+    chosen = _chosen(jobs, only)
+    left = [job for job in chosen if not job.complete]
+    states = kube_states([_submission(config, job) for job in left])
     under_way = [name for name, state in states.items() if state not in ENDED]
-    objects = manifests(config, jobs, under_way=under_way)
+    objects = manifests(config, jobs, submitted=now(), names=[job.name for job in left if job.name not in under_way])
+    _delete_ended(config, left, states)
     if objects:
         run_program(["kubectl", "apply", "--filename=-"], text=as_yaml(objects))
+    outcomes = [Outcome(job=job, job_id=None, state="complete already") for job in chosen if job.complete]
     for job in left:
         running = job.name in under_way
         if not running:
@@ -56,16 +59,27 @@ def submit_kuberay(config: RunConfig) -> list[Outcome]:
     return outcomes
 
 
+def hidden_marks(config: RunConfig) -> str:
+    """Return what to know where the claim's files, and so the marks, are not seen from here; nothing where they are."""
+    data = config.cache.data.path if config.answers is None else config.answers.source
+    if config.cluster.kuberay.claim is None or "://" in data or Path(data).exists():
+        return ""
+    return (
+        f"{data} is not seen from here, so neither is what the jobs have left in the claim: none counts as complete "
+        "already; those that are find it out when they start"
+    )
+
+
+def _chosen(jobs: Sequence[Job], only: Collection[Kind]) -> list[Job]:
+    return [job for job in jobs if not only or job.kind in only]
+
+
 def _delete_ended(config: RunConfig, jobs: Sequence[Job], states: dict[str, str]) -> None:
     for job in jobs:
         if states.get(job.name) in ENDED:
             kind = "rayjobs.ray.io" if job.kind == "cache" else "jobs.batch"
             namespace = f"--namespace={config.cluster.kuberay.namespace}"
             run_program(["kubectl", "delete", kind, job.name, namespace, "--wait=true"])
-
-
-def _remote(config: RunConfig) -> bool:
-    return "://" in config.cache.uri and "://" in config.output_dir
 
 
 def _submission(config: RunConfig, job: Job) -> Submission:

@@ -33,7 +33,7 @@ def jobs_parser() -> ArgumentParser:
     parser = ArgumentParser(
         "jobs",
         description="List the jobs that were submitted from the runs under a folder, the last submission of each.",
-        exit_codes="0 listed",
+        exit_codes="0 listed, 2 there is no such folder",
     )
     parser.add_argument("folder", nargs="?", default=".", metavar="DIR", help="folder of a run, or of several")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -43,7 +43,10 @@ def jobs_parser() -> ArgumentParser:
 def jobs_command(argv: Sequence[str]) -> int:
     """Print each job's id, what its scheduler says of it, and whether it has left its durable marks."""
     options = jobs_parser().parse(argv)
-    standings = list_jobs(Path(options.folder))
+    folder = Path(options.folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: name the `output_dir` of a run, or a folder of several")
+    standings = list_jobs(folder)
     if options.json:
         print_json([asdict(standing) for standing in standings])
     elif standings:

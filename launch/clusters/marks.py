@@ -26,10 +26,7 @@ def cache_content(config: RunConfig) -> dict[str, Any]:
 
 def mark_cache(config: RunConfig) -> None:
     """Leave for good that a build has found everything in the cache that the run file asks of it."""
-    mark = _cache_mark(config)
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(mark, read_manifest(open_store(config.cache.uri)).fingerprint.encode())
-    sync_names_above(mark)
+    _write(_cache_mark(config), read_manifest(open_store(config.cache.uri)).fingerprint)
 
 
 def cache_complete(config: RunConfig) -> bool:
@@ -71,8 +68,15 @@ def student_complete(config: RunConfig, name: str) -> bool:
     return True
 
 
+def mark_report(config: RunConfig) -> None:
+    """Leave for good with which settings the models were scored; the last report alone counts."""
+    _write(_marks(config) / "report", _evaluation_digest(config))
+
+
 def report_complete(config: RunConfig) -> bool:
-    """Tell whether the report is there and newer than every student that it is about."""
+    """Tell whether the report is there, of the run file's evaluation, and newer than every student it is about."""
+    if _read(_marks(config) / "report") != _evaluation_digest(config):
+        return False
     output_dir = Path(config.output_dir)
     report = output_dir / "report.html"
     students = [output_dir / "students" / student.name / "config.json" for student in config.students]
@@ -81,15 +85,33 @@ def report_complete(config: RunConfig) -> bool:
     return all(path.is_file() and path.stat().st_mtime <= report.stat().st_mtime for path in students)
 
 
+def _marks(config: RunConfig) -> Path:
+    return Path(config.output_dir) / "submit" / "marks"
+
+
 def _cache_mark(config: RunConfig) -> Path:
-    return Path(config.output_dir) / "submit" / "marks" / f"cache-{fingerprint(cache_content(config))}"
+    return _marks(config) / f"cache-{fingerprint(cache_content(config))}"
+
+
+def _evaluation_digest(config: RunConfig) -> str:
+    return fingerprint({"evaluation": config.evaluation and config.evaluation.model_dump(mode="json")})
+
+
+def _write(mark: Path, text: str) -> None:
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(mark, text.encode())
+    sync_names_above(mark)
+
+
+def _read(mark: Path) -> str | None:
+    try:
+        return mark.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _marked(config: RunConfig, manifest: Manifest) -> bool:
-    try:
-        return _cache_mark(config).read_bytes() == manifest.fingerprint.encode()
-    except OSError:
-        return False
+    return _read(_cache_mark(config)) == manifest.fingerprint
 
 
 def _created_for(config: RunConfig, manifest: Manifest) -> bool:

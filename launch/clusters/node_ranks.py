@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from launch.clusters.endings import leave_ending
 from launch.processes import SHUTDOWN_TIMEOUT_S, trainer_environment
 
 REFUSALS = (2, 4)
@@ -95,7 +96,7 @@ def decisive(codes: Sequence[int]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the processes of one node."""
+    """Run the processes of one node; a refusal is left where the jobs that wait for this one see it."""
     parser = argparse.ArgumentParser(prog="python -m launch.clusters.node_ranks", allow_abbrev=False)
     parser.add_argument("run_file")
     parser.add_argument("--student", required=True)
@@ -113,7 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         master_address=host,
         master_port=int(port),
     )
-    return run_ranks(train_arguments(options.run_file, student=options.student), place=place, log_dir=options.log_dir)
+    code = run_ranks(train_arguments(options.run_file, student=options.student), place=place, log_dir=options.log_dir)
+    if code in REFUSALS:
+        leave_ending(options.run_file, f"train {options.student}", exit_code=code)
+    return code
 
 
 def _start(

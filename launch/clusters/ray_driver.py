@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+from launch.clusters.endings import endings, leave_ending
 from launch.clusters.jobs import TrainShape, train_shape
 from launch.clusters.node_ranks import REFUSALS, train_arguments
 from launch.clusters.wait import wait_for_jobs
@@ -24,31 +26,47 @@ logger = logging.getLogger(__name__)
 FAILED = ("FAILED", "STOPPED")
 MARKS_LATE_S = 120.0
 """Seconds that a shared file system may take to show a node what a job on another has left."""
+CLUSTER_ENDS_S = 60.0
+"""Seconds in which a cluster that is being ended, and so makes a step fail, ends this driver too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one job to its end; the exit codes are those of `genrecal`."""
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    config = load_run_config(options.run_file)
-    # Ray's ids come in the order of the labels
-    before = Predecessors(dict(zip(options.after_id, options.after, strict=False)))
     try:
-        if options.after:
-            wait_for_jobs(
-                options.run_file,
-                options.after,
-                limit_s=options.wait_s,
-                ended=before.ended,
-                interval_s=5.0,
-            )
-        for step in _steps(options.kind, config, options):
-            code = attempt(step, attempts=options.attempts)
-            if code != 0:
-                return code
+        return _run_once(options) if options.since is not None else _run(options)
     except GenrecalError as error:
         print(f"error [{error.code}]: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _run_once(options: argparse.Namespace) -> int:
+    """Run a job that its operator starts over however it has ended: what has ended for good ends at once."""
+    label = options.kind if options.student is None else f"{options.kind} {options.student}"
+    code = endings(load_run_config(options.run_file), since=options.since).get(label)
+    if code is not None:
+        print(f"{label} has ended with exit code {code} before: submit it again", file=sys.stderr)
+    else:
+        code = _run(options)
+        if code not in (0, *REFUSALS):
+            time.sleep(CLUSTER_ENDS_S)
+    if code != 0:
+        # again, where it was left before: jobs that were submitted since then wait for it too
+        leave_ending(options.run_file, label, exit_code=code)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = load_run_config(options.run_file)
+    # Ray's ids come in the order of the labels
+    before = Predecessors(dict(zip(options.after_id, options.after, strict=False)))
+    if options.after:
+        wait_for_jobs(options.run_file, options.after, limit_s=options.wait_s, ended=before.ended, interval_s=5.0)
+    for step in _steps(options.kind, config, options):
+        code = attempt(step, attempts=options.attempts)
+        if code != 0:
+            return code
     return 0
 
 
@@ -110,6 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--after-id", action="append", default=[], help="Ray's id of such a job")
     parser.add_argument("--wait-s", type=float, default=0.0, help="seconds to wait for them at most")
     parser.add_argument("--attempts", type=int, default=1, help="times that an interrupted step is started")
+    parser.add_argument(
+        "--since",
+        type=datetime.fromisoformat,
+        help="time of the submission: once ended since then, it does not start over",
+    )
     return parser
 
 
@@ -135,10 +158,10 @@ def _train(config: RunConfig, options: argparse.Namespace, shape: TrainShape) ->
 
     resources = config.cluster.ray.train
     return run_on_nodes(
-        [train_arguments(options.run_file, student=options.student)],
+        train_arguments(options.run_file, student=options.student),
         shape=shape,
         cpus_per_node=resources.cpus_per_node,
-        gpus_per_node=resources.gpus_per_node,
+        gpus_per_node=shape.gpus_per_node,
         log_dir=Path(config.output_dir) / "logs" / f"train-{options.student}-ranks",
     )
 
@@ -147,9 +170,8 @@ def _report(config: RunConfig, run_file: str) -> int:
     from launch.clusters.ray_ranks import run_on_nodes
 
     resources = config.cluster.ray.report
-    genrecal = [sys.executable, "-m", "launch.cli"]
     return run_on_nodes(
-        [[*genrecal, "eval", run_file], [*genrecal, "report", config.output_dir]],
+        [sys.executable, "-m", "launch.clusters.report_job", run_file],
         shape=None,
         cpus_per_node=resources.cpus_per_node,
         gpus_per_node=resources.gpus_per_node,

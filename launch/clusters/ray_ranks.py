@@ -4,17 +4,23 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.clusters.jobs import TrainShape
 from launch.clusters.node_ranks import NodePlace, decisive, run_ranks
+from teacher_cache.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 LOST = 128 + 9
 """Exit code that stands for a node that was lost with its processes."""
+LOOK_S = 30.0
+"""Seconds between two looks at the nodes while a reservation waits."""
+GROWTH_S = 900.0
+"""Seconds in which a cluster whose nodes are too small may get others: some grow with what is asked for."""
 
 
 class NodeRunner:
@@ -42,22 +48,24 @@ class NodeRunner:
 
 
 def run_on_nodes(
-    commands: Sequence[Sequence[str]],
+    command: Sequence[str],
     *,
     shape: TrainShape | None,
     cpus_per_node: float,
     gpus_per_node: float,
     log_dir: Path,
 ) -> int:
-    """Run commands one after the other on nodes that are reserved together; return the first exit code that is not 0.
+    """Run a command on nodes that are reserved together; return the exit code that says most.
 
     Args:
-        commands: What to run.
-        shape: How the processes of each command spread over nodes, connected by the launch variables; None for one
-            plain process.
+        command: What to run.
+        shape: How its processes spread over nodes, connected by the launch variables; None for one plain process.
         cpus_per_node: CPUs to reserve on each node.
         gpus_per_node: GPUs to reserve on each node.
         log_dir: Folder for the output of all training processes but the first of each node.
+
+    Raises:
+        ConfigError: The cluster's nodes cannot hold what is reserved.
     """
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -69,18 +77,14 @@ def run_on_nodes(
     actors: list[Any] = []
     try:
         logger.info("waiting for %d node(s) with %s each", nodes, bundle)
-        ray.get(group.ready())
+        _wait_for_reservation(ray, group, bundle, nodes=nodes)
         for index in range(nodes):
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             actor = ray.remote(NodeRunner).options(
                 num_cpus=cpus_per_node, num_gpus=gpus_per_node, scheduling_strategy=place, max_restarts=0
             )
             actors.append(actor.remote(os.getcwd()))
-        for command in commands:
-            code = _run(ray, actors, command, shape=shape, log_dir=log_dir)
-            if code != 0:
-                return code
-        return 0
+        return _run(ray, actors, command, shape=shape, log_dir=log_dir)
     except ray.exceptions.RayActorError as error:
         logger.info("a node was lost: %s", error)
         return LOST
@@ -88,6 +92,36 @@ def run_on_nodes(
         for actor in actors:
             ray.kill(actor)
         ray.util.remove_placement_group(group)
+
+
+def _wait_for_reservation(ray: Any, group: Any, bundle: Mapping[str, float], *, nodes: int) -> None:
+    ready, hold_since, told = group.ready(), time.monotonic(), ""
+    while not ray.wait([ready], timeout=LOOK_S)[0]:
+        lacking = too_small(ray.nodes(), bundle, nodes=nodes)
+        if not lacking:
+            hold_since = time.monotonic()
+        elif time.monotonic() - hold_since >= GROWTH_S:
+            raise ConfigError(f"{lacking}; lower gpus_per_node or cpus_per_node under cluster.ray, or add nodes")
+        if lacking not in ("", told):
+            logger.warning("%s: waiting %.0f s for others", lacking, GROWTH_S)
+        told = lacking
+
+
+def too_small(found: Sequence[Mapping[str, Any]], bundle: Mapping[str, float], *, nodes: int) -> str:
+    """Return why a cluster cannot hold the bundle so many times even while nothing else runs; nothing where it can."""
+    alive = [node for node in found if node["Alive"]]
+    small = [node for node in alive if any(node["Resources"].get(kind, 0) < least for kind, least in bundle.items())]
+    if len(alive) - len(small) >= nodes:
+        return ""
+    listed = "; ".join(f"{node['NodeManagerAddress']} has {_amounts(node['Resources'], bundle)}" for node in small)
+    return (
+        f"{nodes} node(s) with {_amounts(bundle, bundle)} each are needed, of which the Ray cluster has "
+        f"{len(alive) - len(small)}{f' ({listed})' if listed else ''}"
+    )
+
+
+def _amounts(resources: Mapping[str, float], kinds: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(kind, 0):g} {kind}(s)" for kind in kinds)
 
 
 def _run(ray: Any, actors: Sequence[Any], command: Sequence[str], *, shape: TrainShape | None, log_dir: Path) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.clusters import slurm_scripts
 from launch.clusters.config import SlurmJobConfig
-from launch.clusters.jobs import Job, cache_nodes, train_shape
+from launch.clusters.jobs import Job, cache_shape, train_shape
 from launch.run_config import RunConfig
 from teacher_cache.errors import ConfigError
 
@@ -27,7 +27,6 @@ class Places:
     """Absolute paths that the scripts name."""
 
     run_file: Path
-    output_dir: Path
     state_dir: Path
     """Refusals, tokens and output of the jobs."""
     working_dir: Path
@@ -38,7 +37,8 @@ class Places:
 def cache_script(config: RunConfig, job: Job, *, places: Places) -> Script:
     """Return the cache job: a Ray cluster over its nodes, and the build in it."""
     slurm = config.cluster.slurm
-    shape = {"nodes": str(cache_nodes(config, slurm.cache)), **_one_task(slurm.cache)}
+    needed = cache_shape(config, slurm.cache)
+    shape = {"nodes": str(needed.nodes), **_one_task(slurm.cache, gpus=needed.gpus_per_node)}
     answers = "" if config.answers is None else slurm_scripts.CACHE_ANSWERS
     body = slurm_scripts.CACHE + answers + slurm_scripts.CACHE_BUILD
     return _script(config, job.name, resources=slurm.cache, shape=shape, places=places, body=body)
@@ -56,6 +56,7 @@ def train_script(config: RunConfig, jobs: Sequence[Job], *, places: Places) -> S
         "nodes": str(shape.nodes),
         "ntasks-per-node": str(shape.processes_per_node),
         "cpus-per-task": str(slurm.train.cpus_per_process),
+        **_gpus(shape.gpus_per_node),
         "array": f"0-{len(jobs) - 1}",
     }
     students = " ".join(shlex.quote(job.student or "") for job in jobs)
@@ -67,13 +68,16 @@ def train_script(config: RunConfig, jobs: Sequence[Job], *, places: Places) -> S
 def report_script(config: RunConfig, job: Job, *, places: Places) -> Script:
     """Return the job that scores every model and writes the report."""
     resources = config.cluster.slurm.report
-    shape = {"nodes": "1", **_one_task(resources)}
+    shape = {"nodes": "1", **_one_task(resources, gpus=resources.gpus_per_node)}
     return _script(config, job.name, resources=resources, shape=shape, places=places, body=slurm_scripts.REPORT)
 
 
-def _one_task(resources: SlurmJobConfig) -> dict[str, str]:
-    cpus = resources.cpus_per_process * max(1, resources.gpus_per_node)
-    return {"ntasks-per-node": "1", "cpus-per-task": str(cpus)}
+def _one_task(resources: SlurmJobConfig, *, gpus: int) -> dict[str, str]:
+    return {"ntasks-per-node": "1", "cpus-per-task": str(resources.cpus_per_process * max(1, gpus)), **_gpus(gpus)}
+
+
+def _gpus(number: int) -> dict[str, str]:
+    return {"gpus-per-node": str(number)} if number else {}
 
 
 def directive(name: str, value: str) -> str:
@@ -122,7 +126,6 @@ def _script(
         *(directive(option, value) for option, value in _options(config, name, resources, shape, places).items()),
         f"# Written by `genrecal submit slurm`: {name}. May be edited and submitted with sbatch.",
         assignment("RUN_FILE", str(places.run_file)),
-        assignment("OUTPUT_DIR", str(places.output_dir)),
         assignment("STATE_DIR", str(places.state_dir)),
         f"MAX_REQUEUES={slurm.max_requeues}",
         f'{assignment("PATH", str(places.bin_dir))}:"$PATH"',
@@ -136,7 +139,6 @@ def _options(
     config: RunConfig, name: str, resources: SlurmJobConfig, shape: Mapping[str, str], places: Places
 ) -> dict[str, str]:
     slurm = config.cluster.slurm
-    gpus = {"gpus-per-node": str(resources.gpus_per_node)} if resources.gpus_per_node else {}
     chosen = {
         option: value
         for option in ("partition", "account", "qos", "time")
@@ -145,7 +147,6 @@ def _options(
     return {
         "job-name": name,
         **shape,
-        **gpus,
         **chosen,
         "chdir": str(places.working_dir),
         "output": filename_pattern(places.state_dir),

@@ -141,11 +141,8 @@ REPORT = """\
 work=""
 stop_work() { if [ -n "$work" ]; then kill -TERM "$work" 2>/dev/null; fi; }
 
-genrecal eval "$RUN_FILE" &
+python -m launch.clusters.report_job "$RUN_FILE" &
 work=$!
 wait_for "$work"
-code=$?
-if [ "$code" -ne 0 ]; then end_job "$code"; fi
-genrecal report "$OUTPUT_DIR"
 end_job "$?"
 """

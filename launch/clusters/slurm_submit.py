@@ -33,7 +33,6 @@ def plan_slurm(config: RunConfig, jobs: Sequence[Job]) -> list[Batch]:
     folder = submit_folder(config) / "slurm"
     places = Places(
         run_file=frozen_run_file(config),
-        output_dir=Path(config.output_dir).resolve(),
         state_dir=folder / "jobs",
         working_dir=Path.cwd(),
         bin_dir=Path(sys.executable).parent,

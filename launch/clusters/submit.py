@@ -1,12 +1,15 @@
 """`genrecal submit slurm`, `ray` and `kuberay`: hand the jobs of a run to a cluster."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
+from typing import get_args
 
 from launch.arguments import ArgumentParser
+from launch.clusters.jobs import Kind
 from launch.clusters.submission import Outcome, outcome_rows, write_frozen_run_file
 from launch.console import print_json, print_table
-from launch.run_config import load_run_config
+from launch.run_config import parse_run
 
 EXIT_CODES = "0 submitted or complete already, 1 the scheduler refused, 2 usage or config"
 
@@ -18,8 +21,7 @@ def slurm_parser() -> ArgumentParser:
 
 def slurm_command(argv: Sequence[str]) -> int:
     """Submit the cache job, a training array and the report, each after the one before."""
-    options, overrides = slurm_parser().parse_known_args(argv)
-    config = load_run_config(options.config, overrides)
+    options, config = parse_run(slurm_parser(), argv)
     from launch.clusters.slurm_submit import describe_slurm, submit_slurm
 
     if options.plan:
@@ -38,10 +40,8 @@ def ray_parser() -> ArgumentParser:
 
 def ray_command(argv: Sequence[str]) -> int:
     """Submit the cache job, a training job per student and the report; each waits for those before it."""
-    options, overrides = ray_parser().parse_known_args(argv)
-    if options.insecure:
-        overrides = [*overrides, "--cache.build.insecure-ray"]
-    config = load_run_config(options.config, overrides)
+    allowed = ["--cache.build.insecure-ray"] if "--insecure" in argv else []
+    options, config = parse_run(ray_parser(), [*argv, *allowed])
     from launch.clusters.ray_submit import describe_ray, submit_ray
 
     if options.plan:
@@ -53,20 +53,30 @@ def ray_command(argv: Sequence[str]) -> int:
 
 def kuberay_parser() -> ArgumentParser:
     """Return the parser of `submit kuberay`."""
-    return _parser("kuberay", description="Apply manifests for the jobs of a run to Kubernetes with KubeRay.")
+    parser = _parser("kuberay", description="Apply manifests for the jobs of a run to Kubernetes with KubeRay.")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=get_args(Kind),
+        default=[],
+        metavar="KIND",
+        help="submit only jobs of this kind: cache, train or report; may be repeated",
+    )
+    return parser
 
 
 def kuberay_command(argv: Sequence[str]) -> int:
     """Apply a RayJob for the cache and Indexed Jobs for training and report, which wait for it."""
-    options, overrides = kuberay_parser().parse_known_args(argv)
-    config = load_run_config(options.config, overrides)
-    from launch.clusters.kuberay_submit import describe_kuberay, submit_kuberay
+    options, config = parse_run(kuberay_parser(), argv)
+    from launch.clusters.kuberay_submit import describe_kuberay, hidden_marks, submit_kuberay
 
+    if hidden := hidden_marks(config):
+        print(f"note: {hidden}", file=sys.stderr)
     if options.plan:
-        print(describe_kuberay(config), end="")
+        print(describe_kuberay(config, only=options.only), end="")
         return 0
     write_frozen_run_file(config)
-    return _print_outcomes(submit_kuberay(config), as_json=options.json)
+    return _print_outcomes(submit_kuberay(config, only=options.only), as_json=options.json)
 
 
 def _parser(command: str, *, description: str) -> ArgumentParser:

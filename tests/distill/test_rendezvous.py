@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from distill import rendezvous
-from distill.rendezvous import join_process_group, wait_for_all
+from distill.rendezvous import RendezvousFailed, join_process_group, wait_for_all
+from launch.clusters.node_ranks import REFUSALS
 from teacher_cache.errors import ConfigError
 from tests.ports import free_port
 
@@ -54,18 +55,20 @@ def join(*, rank: int, port: int, world_size: int = 2, arrival_timeout_s: float 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_taken_port_is_named(rank: int, answer: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "HANDSHAKE_TIMEOUT_S", 1.0)
-    with listener(answer) as port, pytest.raises(ConfigError, match=f"MASTER_PORT {port}.*set MASTER_PORT to a free"):
+    expected = "MASTER_PORT {}.*set MASTER_PORT to a free"
+    with listener(answer) as port, pytest.raises(RendezvousFailed, match=expected.format(port)):
         join(rank=rank, port=port)
 
 
 def test_an_absent_first_process_is_named() -> None:
     port = free_port()
-    with pytest.raises(ConfigError, match=f"nobody listens at MASTER_ADDR 127.0.0.1, MASTER_PORT {port} after 1 s"):
+    expected = f"nobody listens at MASTER_ADDR 127.0.0.1, MASTER_PORT {port} after 1 s"
+    with pytest.raises(RendezvousFailed, match=expected):
         join(rank=1, port=port)
 
 
 def test_absent_processes_are_counted() -> None:
-    with pytest.raises(ConfigError, match="1 of 2 processes arrived within 1 s"):
+    with pytest.raises(RendezvousFailed, match="1 of 2 processes arrived within 1 s"):
         join(rank=0, port=free_port())
 
 
@@ -74,5 +77,16 @@ def test_processes_that_contradict_each_other_are_refused() -> None:
     wait_for_all(store, rank=0, world_size=1, timeout_s=1.0)
     with pytest.raises(ConfigError, match="WORLD_SIZE is 3 in this process and 1 in another"):
         wait_for_all(store, rank=1, world_size=3, timeout_s=1.0)
-    with pytest.raises(ConfigError, match="two processes have RANK 0"):
+
+
+def test_a_process_that_replaces_another_is_not_refused_for_good() -> None:
+    store = torch.distributed.HashStore()
+    wait_for_all(store, rank=0, world_size=1, timeout_s=1.0)
+    with pytest.raises(RendezvousFailed, match="two processes have RANK 0"):
         wait_for_all(store, rank=0, world_size=1, timeout_s=1.0)
+
+
+def test_processes_that_did_not_meet_are_started_again() -> None:
+    assert RendezvousFailed.exit_code == 3
+    assert ConfigError.exit_code in REFUSALS
+    assert RendezvousFailed.exit_code not in REFUSALS

@@ -43,7 +43,8 @@ def test_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with contextlib.redirect_stdout(printed):
         assert main(words[1:]) == 0
     if "--plan" in words:
-        assert "genrecal-cache-" in printed.getvalue()
+        kind = words[words.index("--only") + 1] if "--only" in words else "cache"
+        assert f"genrecal-{kind}-" in printed.getvalue()
         assert not Path("runs/mine/submit").exists()
 
 

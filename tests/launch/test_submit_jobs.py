@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from distill.identity import run_identity
-from launch.clusters import journal, ray_nodes
-from launch.clusters.jobs import cache_nodes, run_jobs
+from launch.cli import main
+from launch.clusters import journal, ray_nodes, report_job
+from launch.clusters.jobs import cache_shape, run_jobs
 from launch.clusters.journal import Submission
 from launch.clusters.listing import list_jobs
-from launch.clusters.marks import cache_complete, report_complete, student_complete
+from launch.clusters.marks import cache_complete, mark_report, report_complete, student_complete
 from launch.clusters.programs import run_program
 from launch.clusters.slurm_submit import submit_slurm
 from launch.clusters.states import scheduler_states
@@ -76,19 +77,74 @@ def test_a_report_is_complete_while_it_is_newer_than_the_students(config: RunCon
     assert not report_complete(config)
     for name in ("results.json", "report.html"):
         (output_dir / name).write_text("")
+    mark_report(config)
     assert report_complete(config)
     os.utime(output_dir / "report.html", (1, 1))
     assert not report_complete(config)
 
 
+def test_a_report_is_complete_for_its_own_evaluation_alone(config: RunConfig) -> None:
+    output_dir = Path(config.output_dir)
+    for student in config.students:
+        finish(config, student.name)
+    for name in ("results.json", "report.html"):
+        (output_dir / name).write_text("")
+    assert config.evaluation is not None
+    fewer = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"max_samples": 3})})
+    mark_report(config)
+    assert (report_complete(config), report_complete(fewer)) == (True, False)
+    mark_report(fewer)
+    assert (report_complete(config), report_complete(fewer)) == (False, True)
+
+
+@pytest.mark.parametrize("failing", ["eval", "report", None])
+def test_a_report_job_marks_what_it_has_done(
+    failing: str | None, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_frozen_run_file(config)
+    called: list[str] = []
+
+    def genrecal(argv: list[str]) -> int:
+        called.append(argv[0])
+        return 3 if argv[0] == failing else 0
+
+    monkeypatch.setattr(report_job.cli, "main", genrecal)
+    assert report_job.main([str(frozen_run_file(config))]) == (0 if failing is None else 3)
+    assert called == (["eval"] if failing == "eval" else ["eval", "report"])
+    assert (Path(config.output_dir) / "submit" / "marks" / "report").exists() is (failing is None)
+
+
 def test_nodes_follow_from_the_replicas(config: RunConfig) -> None:
     resources = config.cluster.slurm.cache
-    assert cache_nodes(config, resources) == 2
-    assert cache_nodes(config, resources.model_copy(update={"gpus_per_node": 6})) == 4, "a replica lies on one node"
+
+    def shape(**changes: int) -> tuple[int, int]:
+        found = cache_shape(config, resources.model_copy(update=changes))
+        return found.nodes, found.gpus_per_node
+
+    assert shape() == (2, 8)
+    assert shape(gpus_per_node=6) == (4, 4), "a replica lies on one node"
     with pytest.raises(ConfigError, match=r"a replica of the teacher takes 4 GPUs .* a node has 3: lower these"):
-        cache_nodes(config, resources.model_copy(update={"gpus_per_node": 3}))
-    assert cache_nodes(config, resources.model_copy(update={"gpus_per_node": 0})) == 1
-    assert cache_nodes(config, resources.model_copy(update={"nodes": 5})) == 5
+        shape(gpus_per_node=3)
+    assert shape(gpus_per_node=0) == (1, 0)
+    assert shape(nodes=5) == (5, 4)
+    assert shape(nodes=1) == (1, 8), "no more than a node has"
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        ({"num_replicas": 1}, (1, 1)),
+        ({"num_replicas": 3, "tensor_parallel_size": 2}, (1, 6)),
+        ({"num_replicas": 9}, (2, 5)),
+        ({"num_replicas": 2, "gpus_per_replica": 0.5}, (1, 1)),
+        ({"num_replicas": 17, "gpus_per_replica": 0.5}, (2, 5)),
+        ({"num_replicas": 2, "gpus_per_replica": 0}, (1, 0)),
+    ],
+)
+def test_no_gpu_is_asked_for_that_no_replica_uses(build: dict[str, float], expected: tuple[int, int]) -> None:
+    config = RunConfig.model_validate(VALUES | {"cache": VALUES["cache"] | {"build": build}})
+    found = cache_shape(config, config.cluster.slurm.cache)
+    assert (found.nodes, found.gpus_per_node) == expected
 
 
 def submission(**changes: Any) -> Submission:
@@ -159,6 +215,25 @@ def test_jobs_are_listed_with_their_marks(config: RunConfig, programs: Path, tmp
     for place in (tmp_path, tmp_path / "run"):
         listed = [(item.submission.job_id, item.state, item.complete) for item in list_jobs(place)]
         assert listed == [("7", "FAILED", False), ("1", "unknown", None)]
+
+
+@pytest.mark.parametrize("name", ["nope", "run.yaml"])
+def test_jobs_of_what_is_no_folder_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("output_dir: run\n")
+    assert main(["jobs", name]) == 2
+    assert f"{name} is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheduler", ["slurm", "ray", "kuberay"])
+def test_a_misspelt_option_of_submit_gets_a_suggestion(
+    scheduler: str, config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_frozen_run_file(config)
+    assert main(["submit", scheduler, str(frozen_run_file(config)), "--pln"]) == 2
+    assert "did you mean '--plan'" in capsys.readouterr().err
 
 
 def test_an_answer_of_sbatch_that_is_no_number_is_an_error(config: RunConfig, programs: Path) -> None:

@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from launch.cli import main
 from launch.clusters.config import ClusterConfig, KubeRayConfig
 from launch.clusters.jobs import run_jobs
 from launch.clusters.kuberay import as_yaml, literal, manifests
 from launch.clusters.kuberay_submit import describe_kuberay, submit_kuberay
 from launch.clusters.states import kube_state
-from launch.clusters.wait import JobsMissing, wait_for_jobs
+from launch.clusters.wait import JobsEnded, JobsMissing, wait_for_jobs
 from launch.run_config import RunConfig
 from teacher_cache.errors import ConfigError
 from tests.launch.golden import compare
@@ -47,8 +48,11 @@ def run_config(**changes: object) -> RunConfig:
     return RunConfig.model_validate(VALUES | {"cluster": {"kuberay": KUBE | changes}})
 
 
+SUBMITTED = "2026-01-02T03:04:05+00:00"
+
+
 def rendered(config: RunConfig) -> list[dict[str, Any]]:
-    return manifests(config, run_jobs(config))
+    return manifests(config, run_jobs(config), submitted=SUBMITTED)
 
 
 def strict(schema: Any) -> Any:
@@ -77,6 +81,7 @@ def only(objects: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = [item["spec"]["template"]["spec"] for item in only(objects, "Job")]
     for job in only(objects, "RayJob"):
+        found.append(job["spec"]["submitterPodTemplate"]["spec"])
         cluster = job["spec"]["rayClusterSpec"]
         found += [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
     return found
@@ -124,7 +129,8 @@ def test_training_waits_for_the_cache_and_the_report_for_every_student() -> None
     training, other, report = only(rendered(run_config()), "Job")
     for job in (training, other):
         (waiting,) = job["spec"]["template"]["spec"]["initContainers"]
-        assert waiting["command"][-4:] == ["--limit-s", str(KubeRayConfig().wait_s), "--job", "cache"]
+        assert waiting["command"][-6:-2] == ["--limit-s", str(KubeRayConfig().wait_s), "--since", SUBMITTED]
+        assert waiting["command"][-2:] == ["--job", "cache"]
     (waiting,) = report["spec"]["template"]["spec"]["initContainers"]
     assert waiting["command"][-4:] == ["--job", "train internvl", "--job", "train qwen2-vl"]
 
@@ -146,8 +152,61 @@ def test_the_pods_of_one_training_find_each_other() -> None:
 def test_a_refusal_fails_the_job_and_a_preemption_does_not_count() -> None:
     for job in only(rendered(run_config()), "Job"):
         refused, disrupted = job["spec"]["podFailurePolicy"]["rules"]
-        assert (refused["action"], refused["onExitCodes"]["values"]) == ("FailJob", [2, 4])
+        assert refused == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2, 4]}}, (
+            "of the container that waits too"
+        )
         assert disrupted["action"] == "Ignore"
+
+
+def test_the_partners_of_preempted_pods_do_not_use_up_the_attempts() -> None:
+    training, _, report = only(rendered(run_config(max_restarts=30, max_attempts=3)), "Job")
+    assert training["spec"]["backoffLimit"] == 30 * training["spec"]["completions"]
+    assert report["spec"]["backoffLimit"] == 3
+
+
+def test_a_refused_cache_job_starts_few_clusters() -> None:
+    (cache,) = only(rendered(run_config(max_attempts=9)), "RayJob")
+    assert cache["spec"]["backoffLimit"] == 2
+    words = shlex.split(cache["spec"]["entrypoint"])
+    assert words[words.index("--attempts") + 1] == "9"
+    assert words[words.index("--since") + 1] == SUBMITTED
+
+
+def test_a_training_has_the_time_to_save() -> None:
+    training, _, report = only(rendered(run_config(grace_s=900)), "Job")
+    pod = training["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 900
+    assert "terminationGracePeriodSeconds" not in report["spec"]["template"]["spec"]
+
+
+def test_the_head_takes_no_share_of_a_worker() -> None:
+    large = {"cpus_per_node": 64, "memory_gib": 512}
+    (cache,) = only(rendered(run_config(cache=large, head={"node_selector": {"pool": "cpu"}})), "RayJob")
+    cluster = cache["spec"]["rayClusterSpec"]
+    head, worker = cluster["headGroupSpec"]["template"]["spec"], cluster["workerGroupSpecs"][0]["template"]["spec"]
+    assert head["containers"][0]["resources"]["requests"] == {"cpu": "8000m", "memory": f"{64 * 1024}Mi"}
+    assert worker["containers"][0]["resources"]["requests"]["cpu"] == "64000m"
+    assert (head["nodeSelector"], worker["nodeSelector"]) == ({"pool": "cpu"}, {"gpu": "h100"})
+    (cache,) = only(rendered(run_config()), "RayJob")
+    assert "nodeSelector" not in cache["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+
+
+def test_the_pod_that_submits_the_driver_is_like_the_others() -> None:
+    (cache,) = only(rendered(run_config()), "RayJob")
+    pod = cache["spec"]["submitterPodTemplate"]["spec"]
+    assert (pod["serviceAccountName"], pod["tolerations"]) == ("trainer", KUBE["tolerations"])
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["restartPolicy"] == "Never", "a Job takes no other"
+    (container,) = pod["containers"]
+    assert "command" not in container, "the operator's own"
+    assert container["resources"]["requests"] == {"cpu": "500m", "memory": "2048Mi"}
+
+
+def test_no_gpu_is_reserved_that_nothing_uses() -> None:
+    values = VALUES | {"train": {"num_processes": 1}, "cache": VALUES["cache"] | {"build": {"num_replicas": 1}}}
+    objects = rendered(RunConfig.model_validate(values | {"cluster": {"kuberay": KUBE}}))
+    asked = [pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0) for pod in pods(objects)]
+    assert sorted(asked) == [0, 0, 1, 1, 1, 1], "submitter, head, one worker, two students, report"
 
 
 def test_the_run_file_in_the_cluster_is_the_one_at_hand() -> None:
@@ -223,6 +282,7 @@ def test_the_driver_runs_as_the_job_of_the_cluster(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     driver = ["-m", "launch.clusters.ray_driver", "cache", "/etc/genrecal/run.yaml", "--attempts", "5"]
+    driver += ["--since", SUBMITTED]
     assert json.loads((tmp_path / "argv").read_text()) == driver
 
 
@@ -332,10 +392,55 @@ def test_what_has_ended_without_its_marks_is_made_anew(
     assert deleted == [["rayjobs.ray.io", cache.name], ["jobs.batch", first.name]]
 
 
-def test_pods_without_a_shared_folder_are_refused(kubectl: Path) -> None:
+@pytest.mark.parametrize("uri", ["run/cache", "s3://bucket/cache"])
+def test_pods_without_a_shared_folder_are_refused(kubectl: Path, uri: str) -> None:
+    config = run_config(claim=None)
     with pytest.raises(ConfigError, match="ReadWriteMany"):
-        submit_kuberay(run_config(claim=None))
+        submit_kuberay(config.model_copy(update={"cache": config.cache.model_copy(update={"uri": uri})}))
     assert not (kubectl / "applied").exists()
+
+
+def test_kinds_of_jobs_are_submitted_in_turn(kubectl: Path) -> None:
+    config = run_config()
+    cache, first, second, report = run_jobs(config)
+    (kubectl / report.name).write_text('{"status": {"conditions": [{"type": "Failed", "status": "True"}]}}')
+
+    def applied() -> list[str]:
+        return [item["metadata"]["name"] for item in yaml.safe_load_all((kubectl / "applied").read_text())][1:]
+
+    assert [outcome.job for outcome in submit_kuberay(config, only=["cache"])] == [cache]
+    assert applied() == [cache.name]
+    assert [outcome.job for outcome in submit_kuberay(config, only=["train"])] == [first, second]
+    assert applied() == [first.name, first.name, second.name, second.name]
+    (waiting,) = list(yaml.safe_load_all((kubectl / "applied").read_text()))[2]["spec"]["template"]["spec"][
+        "initContainers"
+    ]
+    assert waiting["command"][-2:] == ["--job", "cache"], "the marks in the claim decide, not those that are seen here"
+    assert "delete" not in (kubectl / "calls").read_text(), "what was not asked for is left alone"
+    assert [outcome.job for outcome in submit_kuberay(config, only=["report", "train"])] == [first, second, report]
+
+
+def test_the_command_takes_kinds_of_jobs(kubectl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text(yaml.safe_dump(VALUES | {"cluster": {"kuberay": KUBE}}))
+    assert main(["submit", "kuberay", "run.yaml", "--plan", "--only", "cache", "--only", "report"]) == 0
+    printed = capsys.readouterr()
+    assert [item["kind"] for item in yaml.safe_load_all(printed.out)] == ["ConfigMap", "RayJob", "Job"]
+    assert "original.parquet is not seen from here" in printed.err
+    Path("original.parquet").touch()
+    assert main(["submit", "kuberay", "run.yaml", "--only", "train"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["submit", "kuberay", "run.yaml", "--only", "all"]) == 2
+    assert main(["submit", "kuberay", "run.yaml", "--plan", "--only", "cache", "--cluster.kuberay.queue", "other"]) == 0
+    assert "kueue.x-k8s.io/queue-name: other" in capsys.readouterr().out
+
+
+def test_a_run_file_that_cannot_be_rendered_deletes_nothing(kubectl: Path) -> None:
+    config = run_config(train={"nodes": 3})
+    cache = run_jobs(config)[0]
+    (kubectl / cache.name).write_text('{"status": {"jobDeploymentStatus": "Failed"}}')
+    with pytest.raises(ConfigError, match="cannot spread"):
+        submit_kuberay(config)
+    assert "delete" not in (kubectl / "calls").read_text()
 
 
 @pytest.mark.parametrize(
@@ -365,7 +470,7 @@ def test_waiting_ends_with_a_reason(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(VALUES))
     with pytest.raises(JobsMissing, match=r"cache of .* not complete after 0 s"):
         wait_for_jobs(str(path), ["cache"], limit_s=0)
-    with pytest.raises(JobsMissing, match=r"cache of .* will not become complete: it failed"):
+    with pytest.raises(JobsEnded, match=r"cache of .* will not become complete: it failed"):
         wait_for_jobs(str(path), ["cache"], limit_s=60, ended=lambda: {"cache": "it failed"})
     with pytest.raises(JobsMissing, match="not complete after 0 s"):
         wait_for_jobs(str(path), ["cache"], limit_s=0, ended=lambda: {"train internvl": "it failed"})

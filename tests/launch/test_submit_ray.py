@@ -16,10 +16,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.clusters import ray_driver
+from launch.clusters import ray_driver, ray_ranks
 from launch.clusters.config import ClusterConfig, RayConfig
 from launch.clusters.jobs import run_jobs
 from launch.clusters.node_ranks import NodePlace, decisive, run_ranks
+from launch.clusters.ray_ranks import too_small
 from launch.clusters.ray_submit import connect, dashboard_address, describe_ray, plan_ray
 from launch.run_config import RunConfig
 from teacher_cache.errors import ConfigError, GenrecalError
@@ -249,8 +250,56 @@ def test_waiting_ends_where_the_marks_of_a_success_are_missing(
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(yaml.safe_dump(VALUES))
     waiting = ["--after", "cache", "--after-id", "id-cache", "--wait-s", "600"]
-    assert ray_driver.main(["train", "run.yaml", "--student", "internvl", *waiting]) == 3
+    assert ray_driver.main(["train", "run.yaml", "--student", "internvl", *waiting]) == 4
     assert "cache of run.yaml will not become complete: id-cache is SUCCEEDED" in capsys.readouterr().err
+
+
+def node(address: str, alive: bool = True, **resources: float) -> dict[str, object]:
+    return {"Alive": alive, "NodeManagerAddress": address, "Resources": resources}
+
+
+def test_nodes_that_are_too_small_are_named() -> None:
+    large, small = node("10.0.0.1", CPU=64, GPU=8), node("10.0.0.2", CPU=64, GPU=4)
+    bundle = {"CPU": 8.0, "GPU": 8}
+    assert too_small([large, small], bundle, nodes=1) == ""
+    assert too_small([large, small], bundle, nodes=2) == (
+        "2 node(s) with 8 CPU(s), 8 GPU(s) each are needed, of which the Ray cluster has 1 (10.0.0.2 has 64 CPU(s), "
+        "4 GPU(s))"
+    )
+    assert "has 0" in too_small([node("10.0.0.3", alive=False, CPU=64, GPU=8)], bundle, nodes=1)
+    assert "10.0.0.4 has 4 CPU(s), 0 GPU(s)" in too_small([node("10.0.0.4", CPU=4)], bundle, nodes=1)
+
+
+class Reservation:
+    """Stands for Ray while a placement group waits; the group is ready after so many looks."""
+
+    def __init__(self, nodes: list[dict[str, object]], *, looks: int) -> None:
+        self.left, self._nodes = looks, nodes
+
+    def ready(self) -> str:
+        return "ready"
+
+    def wait(self, waiting: list[str], *, timeout: float) -> tuple[list[str], list[str]]:
+        self.left -= 1
+        return ([], waiting) if self.left >= 0 else (waiting, [])
+
+    def nodes(self) -> list[dict[str, object]]:
+        return self._nodes
+
+
+def test_a_reservation_that_no_node_holds_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter(range(0, 10**6, 400))
+    monkeypatch.setattr(ray_ranks.time, "monotonic", lambda: next(clock))
+    ray, bundle = Reservation([node("10.0.0.2", CPU=64, GPU=4)], looks=1000), {"CPU": 8.0, "GPU": 8}
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.2 has 64 CPU\(s\), 4 GPU\(s\)\); lower gpus_per_node"):
+        ray_ranks._wait_for_reservation(ray, ray, bundle, nodes=1)
+    assert ray.left > 990, "other nodes are waited for too long"
+    assert len(caplog.records) == 1
+    busy = Reservation([node("10.0.0.1", CPU=64, GPU=8)], looks=500)
+    ray_ranks._wait_for_reservation(busy, busy, bundle, nodes=1)
+    assert busy.left == -1
 
 
 def place(**changes: int) -> NodePlace:

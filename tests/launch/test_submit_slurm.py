@@ -34,7 +34,6 @@ from tests.launch.hostile import HOSTILE
 ROOT = Path(__file__).parents[2]
 PLACES = Places(
     run_file=Path("/shared/run/submit/run-files/run.yaml"),
-    output_dir=Path("/shared/run"),
     state_dir=Path("/shared/run/submit/slurm/jobs"),
     working_dir=Path("/shared"),
     bin_dir=Path("/shared/.venv/bin"),
@@ -147,9 +146,7 @@ def test_scripts_with_hostile_paths_are_whole(value: str) -> None:
     config = run_config()
     cache, students, report = jobs_of(config)
     folder = Path("/shared") / f"x{value}x"
-    places = Places(
-        run_file=folder / "run.yaml", output_dir=folder, state_dir=folder, working_dir=folder, bin_dir=folder
-    )
+    places = Places(run_file=folder / "run.yaml", state_dir=folder, working_dir=folder, bin_dir=folder)
     for name, script in (
         ("cache", cache_script(config, cache, places=places)),
         ("train", train_script(config, students, places=places)),
@@ -234,6 +231,19 @@ def test_processes_that_do_not_spread_evenly_are_refused() -> None:
     few = run_config(train={"nodes": 1})
     with pytest.raises(ConfigError, match="at most one per GPU"):
         train_script(few, jobs_of(few)[1], places=PLACES)
+
+
+@pytest.mark.parametrize(
+    ("processes", "train", "expected"),
+    [(16, {"nodes": 4}, "4"), (1, {}, "1"), (16, {}, "8"), (2, {"gpus_per_node": 0}, None)],
+)
+def test_a_training_asks_for_the_gpus_that_it_uses(processes: int, train: dict[str, int], expected: str | None) -> None:
+    config = RunConfig.model_validate(
+        VALUES | {"train": {"num_processes": processes}, "cluster": {"slurm": {"train": train}}}
+    )
+    text = train_script(config, jobs_of(config)[1], places=PLACES).text
+    found = re.findall(r"^#SBATCH --(?:gpus-per-node|ntasks-per-node)=(\d+)$", text, re.MULTILINE)
+    assert found == ([expected, expected] if expected else [str(processes)])
 
 
 def test_values_of_named_variables_are_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
