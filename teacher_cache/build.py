@@ -26,6 +26,7 @@ from teacher_cache.config import CacheConfig
 from teacher_cache.ray_guard import cluster_exposure, require_private, token_exposure
 from teacher_cache.reader import open_cache
 from teacher_cache.sample_file import SampleFile, scan_samples
+from teacher_cache.skipped_rows import write_skipped_rows
 from teacher_cache.spot_check_job import compute_references
 from teacher_cache.storage import log_folder
 
@@ -38,7 +39,8 @@ _RAY_STARTS: Final = 3
 def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSummary:
     """Build a cache, or what is missing of it.
 
-    Engine logs and ``cache-build.metrics.jsonl`` go to ``log_dir``, by default a folder beside a local cache.
+    Engine logs, ``cache-build.metrics.jsonl`` and the list of bad rows go to ``log_dir``, by default a folder beside a
+    local cache.
 
     Raises:
         DataError: More samples are bad than ``max_skipped_samples``, or the data changed while it was read.
@@ -50,6 +52,7 @@ def build_cache(config: CacheConfig, *, log_dir: Path | None = None) -> BuildSum
     log_dir = log_dir or log_folder(config.uri)
     log_dir.mkdir(parents=True, exist_ok=True)
     table = scan_samples(config.data)
+    write_skipped_rows(table.skipped, folder=log_dir)
     writer = open_builder(config, table)
     samples = {sample.sample_id: sample for sample in table.samples}
     stored = open_cache(config.uri, allow_incomplete=True).skipped
@@ -77,7 +80,7 @@ def _build_missing(job: BuildJob) -> None:
         stop.install()
         placement = ReplicaPlacement(ray, job.config)
         missing = job.missing_shards()
-        checked = list(job.spot_checked(missing))
+        checked = job.spot_checked(missing, stop=stop)
         references = compute_references(checked, placement=placement, ray=ray, stop=stop, job=job)
         build_shards(
             job,

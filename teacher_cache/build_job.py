@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from teacher_cache.build_plan import engine_version
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import CacheIncomplete, DataError
 from teacher_cache.plan import PlannedShard
 from teacher_cache.reader import open_cache
+from teacher_cache.row_sample import evenly_spread
 from teacher_cache.sample_file import SampleEntry, SampleFile
 from teacher_cache.samples import check_skip_budget
 from teacher_cache.schema import Sample, SkippedSample
@@ -28,6 +29,9 @@ from teacher_cache.writer import CacheWriter
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "cache-build.metrics.jsonl"
+MOST_CHECKED: Final = 1024
+"""Samples that a start of a build computes twice at most: their references are held in memory, and no shard is built
+before all of them are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +82,19 @@ class BuildJob:
         """Return the samples of a shard."""
         return self.file.read([self.samples[sample_id] for sample_id in shard.sample_ids])
 
-    def spot_checked(self, shards: Sequence[PlannedShard]) -> Iterator[Sample]:
-        """Yield the samples of these shards that are computed twice."""
+    def spot_checked(self, shards: Sequence[PlannedShard], *, stop: "StopRequest") -> list[SampleEntry]:
+        """Return the samples of these shards that are computed twice: at most ``MOST_CHECKED``, evenly spread.
+
+        Raises:
+            CacheIncomplete: A signal came.
+        """
         every = self.config.build.spot_check_every if self.config.build.engine != "transformers" else 0
+        chosen: list[SampleEntry] = []
         for shard in shards:
-            entries = [self.samples[sample_id] for sample_id in shard.sample_ids]
-            yield from self.file.read([entry for entry in entries if is_spot_checked(entry.digest, every=every)])
+            stop.check(self)
+            entries = (self.samples[sample_id] for sample_id in shard.sample_ids)
+            chosen += (entry for entry in entries if is_spot_checked(entry.digest, every=every))
+        return [chosen[number] for number in evenly_spread(len(chosen), at_most=MOST_CHECKED)]
 
     def take_in(self, report: ShardReport) -> None:
         """Count a committed shard.

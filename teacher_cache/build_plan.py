@@ -11,6 +11,7 @@ from teacher_cache.plan import Plan, PlannedShard, read_plan
 from teacher_cache.sample_file import SampleEntry, SampleTable
 from teacher_cache.samples import SampleSet
 from teacher_cache.schema import Sample, SkippedSample
+from teacher_cache.skipped_rows import skipped_facts
 from teacher_cache.storage import open_store
 from teacher_cache.teacher_checkpoint import load_teacher_head, processing_identity, teacher_identity
 from teacher_cache.teacher_copy import at_commit, describe_copy
@@ -117,5 +118,5 @@ def build_provenance(config: CacheConfig, *, skipped: Sequence[SkippedSample]) -
         "genrecal_version": importlib.metadata.version("genrecal"),
         "teacher": config.teacher.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json"),
-        "skipped_rows": [{"sample_id": bad.sample_id, "reason": bad.reason, "message": bad.message} for bad in skipped],
+        **skipped_facts(skipped),
     }

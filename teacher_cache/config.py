@@ -92,8 +92,9 @@ class BuildConfig(StrictConfig):
     sharing: Sharing = "private"
     """Who may read a new cache folder beside its owner: nobody, or its group."""
     spot_check_every: int = Field(default=1000, ge=0)
-    """One sample in so many is computed by plain transformers before the build starts, on the resources of the
-    replicas, and compared before its shard is committed; 0 checks none. Not done where transformers is the engine."""
+    """One sample in so many, at most 1,024 at each start of a build, is computed by plain transformers before the build
+    starts, on the resources of the replicas, and compared before its shard is committed; 0 checks none. Not done where
+    transformers is the engine."""
     spot_check_tolerance: float | None = Field(default=None, gt=0)
     """Largest difference allowed, as relative L2 of a sample's hidden states; by default 1e-3 in float32, 3e-2 in
     float16 and 1e-1 in bfloat16."""

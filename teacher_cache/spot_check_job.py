@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
 
-from teacher_cache.actor_pool import ActorPool, PieceQueue
+from teacher_cache.actor_pool import ActorPool
 from teacher_cache.build_job import BuildJob, StopRequest
 from teacher_cache.build_placement import ReplicaPlacement
 from teacher_cache.chat import Processor, encode_conversation, load_processor
 from teacher_cache.config import CacheConfig
 from teacher_cache.errors import SampleError, TeacherError
+from teacher_cache.pool_work import PieceQueue
 from teacher_cache.progress import PieceProgress, progress
+from teacher_cache.sample_file import SampleEntry
+from teacher_cache.samples_ahead import read_patiently
 from teacher_cache.schema import Sample
 from teacher_cache.spot_check import ReferenceRows
 from teacher_cache.teacher import TransformersTeacher, compute_targets
@@ -26,7 +29,7 @@ SAMPLES_PER_BATCH: Final = 16
 
 
 def compute_references(
-    samples: Sequence[Sample],
+    samples: Sequence[SampleEntry],
     *,
     placement: ReplicaPlacement,
     ray: ModuleType,
@@ -35,9 +38,10 @@ def compute_references(
 ) -> dict[str, ReferenceRows]:
     """Return the reference of each sample that plain transformers can compute, by sample id.
 
-    The actors take the resources of the replicas, which start afterwards.
+    The actors take the resources of the replicas, which start afterwards. Samples are read when an actor is free.
 
     Raises:
+        DataError: The data changed while it was read.
         TeacherError: The reference does not start, or failed on some samples ``max_attempts`` times.
         CacheIncomplete: A signal came.
     """
@@ -83,23 +87,23 @@ class _ReferenceWork:
         """Return a new actor; a share of a GPU is one to it."""
         return self._placement.start(_Actor, self._job.config, math.ceil(self._placement.resources.gpus))
 
-    def begin(self, actor: Any, piece: Sequence[Sample]) -> Any:
+    def begin(self, actor: Any, piece: Sequence[SampleEntry]) -> Any:
         """Have an actor compute a batch."""
-        return actor.compute.options(num_returns="streaming").remote(list(piece))
+        return actor.compute.options(num_returns="streaming").remote([self._read(entry) for entry in piece])
 
-    def num_samples(self, piece: Sequence[Sample]) -> int:
+    def num_samples(self, piece: Sequence[SampleEntry]) -> int:
         """Return the samples of a batch."""
         return len(piece)
 
-    def name(self, piece: Sequence[Sample]) -> str:
+    def name(self, piece: Sequence[SampleEntry]) -> str:
         """Return the first sample's id."""
         return f"of sample {piece[0].sample_id}"
 
-    def finish(self, piece: Sequence[Sample], result: _ReferenceBatch) -> None:
+    def finish(self, piece: Sequence[SampleEntry], result: _ReferenceBatch) -> None:
         """Keep the references."""
         self.found |= {reference.sample_id: reference for reference in result.references}
 
-    def give_up(self, piece: Sequence[Sample]) -> None:
+    def give_up(self, piece: Sequence[SampleEntry]) -> None:
         """Do nothing: nobody else computes the batches."""
 
     def figures(self) -> dict[str, int]:
@@ -109,6 +113,12 @@ class _ReferenceWork:
     def check_stop(self, *, num_missing: int) -> None:
         """Raise CacheIncomplete after a signal."""
         self._stop.check(self._job)
+
+    def _read(self, entry: SampleEntry) -> Sample:
+        self._stop.check(self._job)  # each sample may lie in a large row group of its own
+        what = f"spot check of sample {entry.sample_id}"
+        (sample,) = read_patiently(lambda: self._job.file.read([entry]), what=what)
+        return sample
 
 
 class _Actor:

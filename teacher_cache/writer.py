@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_HEAD_ENTRY_BYTES = 1024
+"""More than a manifest says of a head."""
+
 
 def create_or_open_builder(
     uri: str,
@@ -276,20 +279,25 @@ def _create(
             f"{store.uri} holds no cache but other files ({', '.join(foreign[:3])}); give an empty folder"
         )
     plan_bytes, plan_entry = first_generation(plan)
-    if not store.create_content(plan_entry.file, plan_bytes):
-        raise CacheError(f"{store.uri}/{plan_entry.file} holds other bytes than its name says; remove it")
     manifest = Manifest(
         identity=identity,
         fingerprint=fingerprint(identity),
         codec=codec,
         plan=plan_entry,
-        teacher_head=None if head is None else _store_head(store, head),
+        teacher_head=None,
         provenance=provenance,
     )
-    data = manifest.encode()
-    if len(data) > LIMIT_BYTES:
-        raise ConfigError(f"the manifest of {store.uri} would have {len(data)} bytes, at most {LIMIT_BYTES} are read")
-    store.create(MANIFEST, data)
+    size = len(manifest.encode()) + _HEAD_ENTRY_BYTES
+    if size > LIMIT_BYTES:  # looked at before the first file is there, so that nothing is left behind
+        raise ConfigError(
+            f"the manifest of {store.uri} would have {size} bytes, at most {LIMIT_BYTES} are read; say less in its "
+            "provenance or its identity"
+        )
+    if not store.create_content(plan_entry.file, plan_bytes):
+        raise CacheError(f"{store.uri}/{plan_entry.file} holds other bytes than its name says; remove it")
+    if head is not None:
+        manifest = manifest.model_copy(update={"teacher_head": _store_head(store, head)})
+    store.create(MANIFEST, manifest.encode())
     standing = read_manifest(store)
     if standing.plan != manifest.plan:  # another builder was first
         store.remove(manifest.plan.file)

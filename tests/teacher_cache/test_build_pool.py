@@ -263,7 +263,7 @@ def test_references_are_computed_though_an_actor_is_lost(
     config = make_config(tmp_path / "cache", model=tiny_qwen2_vl, data=digit_samples)
     placement = Placement(import_ray(), config, first=[(DyingActor,)])
     with build_job(config, log_dir=tmp_path) as job:
-        samples = read_samples(config.data).samples
+        samples = list(job.samples.values())
         found = compute_references(samples, placement=placement, ray=import_ray(), stop=StopRequest(), job=job)
     assert len(samples) > SAMPLES_PER_BATCH
     assert found.keys() == job.samples.keys()
@@ -284,7 +284,7 @@ def test_a_reference_that_fails_names_the_option_to_build_without(
     config = make_config(tmp_path / "cache", model=tiny_qwen2_vl, data=digit_samples, max_attempts=1)
     placement = Placement(import_ray(), config, first=[(DyingActor,)])
     with build_job(config, log_dir=tmp_path) as job:
-        samples = read_samples(config.data).samples[:2]
+        samples = list(job.samples.values())[:2]
         with pytest.raises(
             TeacherError, match=r"(?s)part of sample .* failed 1 times.*`cache.build.spot_check_every` to 0"
         ):
