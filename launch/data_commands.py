@@ -15,7 +15,8 @@ def fetch_parser() -> ArgumentParser:
     parser = ArgumentParser(
         "data fetch",
         description="Write a data file whose images are files from one whose images are https URLs. Nothing else here "
-        "fetches images. Only named hosts are asked, at public addresses; no redirect is followed.",
+        "fetches images. Only named hosts are asked, at public addresses; no redirect is followed. "
+        "docs/data.md shows the form of rows.",
         exit_codes="0 all are there, 2 wrong usage, 3 some were not fetched: their rows keep the URL (run it again)",
         example="original.parquet train.parquet --host images.example.org",
     )
@@ -39,6 +40,8 @@ def fetch_command(argv: Sequence[str]) -> int:
         parser.error("--max-mib, --timeout-s and --attempts must be greater than 0")
     if any(not host or set(host) & set("/:@") for host in options.host):
         parser.error("--host takes the name of a host, such as images.example.org, without https:// and port")
+    if not Path(options.source).is_file():
+        parser.error(f"no data file at {options.source}: SOURCE is a .parquet or .jsonl file on this machine")
     from teacher_cache.fetched_data import fetch_data
     from teacher_cache.image_fetch import ImageFetcher
 

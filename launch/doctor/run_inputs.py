@@ -98,7 +98,7 @@ def check_data(config: RunConfig) -> Iterator[Finding]:
                 yield warning(
                     "data",
                     f"{data.path}, first row {first.sample_id}: {first.message}",
-                    remedy="see docs/teacher.md for the form of rows",
+                    remedy="see docs/data.md for the form of rows",
                 )
             else:
                 yield ok("data", f"{data.path} has usable rows")

@@ -57,8 +57,9 @@ def report_command(argv: Sequence[str]) -> int:
     options = report_parser().parse(argv)
     if options.watch is not None:
         _watch(options.directory, interval_s=options.watch)
+    run = read_run(options.directory)  # before anything is written: a record would make a folder that is not there
     with recorded(lambda: [options.directory / "report.html"], config=None):
-        print(write_report(options.directory))
+        print(write_report(options.directory, run=run))
     return 0
 
 

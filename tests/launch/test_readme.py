@@ -102,6 +102,13 @@ def test_the_readme_has_the_folders_of_the_list_of_files() -> None:
     assert folders.splitlines() == [line for line in tree.splitlines() if not line.startswith(" ")]
 
 
+def test_pages_that_the_commands_name_exist() -> None:
+    sources = [path.read_text() for path in (ROOT / "launch").rglob("*.py")]
+    named = {page for source in sources for page in re.findall(r"docs/[a-z_-]+\.md", source)}
+    assert "docs/data.md" in named
+    assert all((ROOT / page).exists() for page in named), named
+
+
 def test_the_readme_links_every_page() -> None:
     assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"\]\(([^)#:]+)", README))
 

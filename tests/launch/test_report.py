@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import save_file
 
 from distill.scoring import EvaluationResult, read_sample_rows, write_result
+from launch.cli import main
 from launch.console import format_bytes
 from launch.demo.digits import generate_digit_vqa
 from launch.report import report_command, write_report
@@ -479,3 +480,11 @@ def test_a_watched_report_ends_on_ctrl_c_with_a_page_that_stays(
     monkeypatch.setattr("launch.report.time", SimpleNamespace(sleep=interrupt))
     assert report_command([str(tmp_path), "--watch", "5"]) == 0
     assert "refresh" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_report_of_nothing_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for name in ("misspelt", "file"):
+        assert main(["report", str(tmp_path / name)]) == 1
+        assert "error [data]: no run folder at" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -120,3 +120,13 @@ def test_a_repository_that_cannot_be_had_says_how_to_get_it(offline: bool, monke
     why = "HF_HUB_OFFLINE is set, so that nothing is fetched" if offline else "no route"
     assert f"in {huggingface_hub.constants.HF_HUB_CACHE}: {why}; correct the name or HF_HOME" in str(caught.value)
     assert str(caught.value).endswith("`hf download some/model --revision abc`")
+
+
+def test_a_fetch_from_a_file_that_is_not_there_speaks_of_its_own_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "nope.parquet", tmp_path / "train.parquet"
+    assert main(["data", "fetch", str(source), str(target), "--host", "images.example.org"]) == 2
+    told = capsys.readouterr().err
+    assert f"no data file at {source}: SOURCE is a .parquet or .jsonl file on this machine" in told
+    assert "data.path" not in told
