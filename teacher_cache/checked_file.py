@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -27,29 +27,31 @@ def checked_file(store: Store, name: str, *, expected: FileDigest, where: str) -
         require_digest(store, name, expected=expected, where=where)
         yield store.path(name)
         return
+    path = f"{store.uri}/{name}"
     with ExitStack() as stack:
         try:
-            copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix="genrecal-"))
+            reader = store.open(name)
+            if reader.size_bytes != expected.size_bytes:
+                raise CacheCorrupt(
+                    f"{where}: {path} has {reader.size_bytes} bytes, {expected.size_bytes} were committed"
+                )
+            copy = stack.enter_context(_temporary_file(path, where=where))
+            found = digest_pieces(_copied(reader, copy))
+            copy.flush()
+        except FileNotFoundError as error:
+            raise CacheCorrupt(f"{where}: {path} is missing, {expected.size_bytes} bytes were committed") from error
         except OSError as error:
-            raise CacheError(f"{where}: no temporary file for {store.uri}/{name} can be made: {error}") from error
-        _copy(store, name, copy, expected=expected, where=where)
+            raise CacheError(f"{where}: cannot copy {path} to a temporary file: {error}") from error
+        if found != expected:
+            raise CacheCorrupt(f"{where}: {path} was changed: blake3 {found.blake3}, {expected.blake3} was committed")
         yield Path(copy.name)
 
 
-def _copy(store: Store, name: str, copy: IO[bytes], *, expected: FileDigest, where: str) -> None:
-    path = f"{store.uri}/{name}"
+def _temporary_file(path: str, *, where: str) -> AbstractContextManager[IO[bytes]]:
     try:
-        reader = store.open(name)
-        if reader.size_bytes != expected.size_bytes:
-            raise CacheCorrupt(f"{where}: {path} has {reader.size_bytes} bytes, {expected.size_bytes} were committed")
-        found = digest_pieces(_copied(reader, copy))
-        copy.flush()
-    except FileNotFoundError as error:
-        raise CacheCorrupt(f"{where}: {path} is missing, {expected.size_bytes} bytes were committed") from error
-    except OSError as error:
-        raise CacheError(f"{where}: cannot copy {path} to {copy.name}: {error}") from error
-    if found != expected:
-        raise CacheCorrupt(f"{where}: {path} was changed: blake3 {found.blake3}, {expected.blake3} was committed")
+        return tempfile.NamedTemporaryFile(prefix="genrecal-")
+    except OSError as error:  # one of them is that no folder for temporary files is found
+        raise CacheError(f"{where}: no temporary file for {path} can be made: {error}") from error
 
 
 def _copied(reader: FileReader, copy: IO[bytes]) -> Iterator[memoryview]:

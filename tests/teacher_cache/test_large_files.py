@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import boto3
+import obstore
 import pytest
 import torch
+from obstore.exceptions import NotFoundError
 
 from teacher_cache import checked_file, object_client, object_store, open_cache, stored_digest
 from teacher_cache.durable_files import digest_bytes
@@ -135,6 +137,19 @@ def test_a_request_of_an_upload_that_fails_is_made_again(s3: S3, fault: Fault, s
     store = ObjectStore(s3.uri)
     assert store.create_content(NAME, DATA)
     assert next(faults, None) is None
+    require_whole(store)
+
+
+def test_an_upload_that_was_finished_before_its_answer_was_lost_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    put = obstore.put
+
+    def put_and_lose(*arguments: Any, **options: Any) -> None:
+        put(*arguments, **options)
+        raise NotFoundError("NoSuchUpload")  # what S3 says when the end of an upload is asked for again
+
+    monkeypatch.setattr(obstore, "put", put_and_lose)
+    store = ObjectStore("memory://lost/cache")
+    assert store.create_content(NAME, DATA)
     require_whole(store)
 
 
