@@ -38,9 +38,8 @@ def run_steps(loop: Loop) -> None:
     """
     position = _resume(loop)
     _announce(loop)
-    probe = probe_batches(loop.data, micro_batch_size=loop.config.micro_batch_size)
     if position.step == 0:
-        write_features(loop.engine, probe, loop.directory / "features_first.safetensors", processes=loop.processes)
+        _write_features(loop, "features_first.safetensors")
     if position.step < loop.max_steps:
         _take_steps(loop, position)
     else:
@@ -50,7 +49,13 @@ def run_steps(loop: Loop) -> None:
         # the last checkpoint has everything: the next start begins here
         _stop(loop, step=loop.max_steps)
     _expect(loop, "the end of the stage", is_slow=True)
-    write_features(loop.engine, probe, loop.directory / "features_last.safetensors", processes=loop.processes)
+    _write_features(loop, "features_last.safetensors")
+
+
+def _write_features(loop: Loop, name: str) -> None:
+    # the probe is made anew: its rows of the cache would take gigabytes from the beginning to the end
+    probe = probe_batches(loop.data, micro_batch_size=loop.config.micro_batch_size)
+    write_features(loop.engine, probe, loop.directory / name, processes=loop.processes)
 
 
 def _take_steps(loop: Loop, resumed: Position) -> None:

@@ -87,8 +87,8 @@ class Recalibrator(nn.Module):
                 block.load_state_dict(layer.state_dict())
             except RuntimeError as error:
                 raise ValueError(
-                    f"cannot start Recalibrator blocks, all of full attention, from the last {len(self.blocks)} student "
-                    f"layers: one has other weights ({', '.join(name for name, _ in layer.named_children())})"
+                    f"cannot start Recalibrator blocks, all of full attention, from the last {len(self.blocks)} "
+                    f"student layers: one has other weights ({', '.join(name for name, _ in layer.named_children())})"
                 ) from error
 
     def _blocks_forward(
