@@ -15,6 +15,7 @@ from teacher_cache.sample_file import SampleEntry, SampleFile, scan_samples
 from teacher_cache.samples import image_folder
 from teacher_cache.schema import Sample
 from teacher_cache.teacher_checkpoint import processing_identity, teacher_identity
+from teacher_cache.teacher_copy import at_commit, describe_copy
 
 
 class AnswerJob:
@@ -28,10 +29,13 @@ class AnswerJob:
             ConfigError: The paths do not go together.
         """
         self.source = source_data(cache.data, answers=answers)
+        teacher = at_commit(cache.teacher)
+        self.teacher = describe_copy(teacher)
         table = scan_samples(self.source)
         self.skipped = table.skipped
         size = answers.samples_per_part
         self.parts = [table.samples[start : start + size] for start in range(0, len(table.samples), size)]
+        cache = cache.model_copy(update={"teacher": teacher})
         identity = answers_identity(cache, answers=answers, samples=table.samples)
         self.file = AnswerFile(Path(cache.data.path), identity=identity, num_parts=len(self.parts))
 

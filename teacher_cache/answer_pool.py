@@ -21,6 +21,7 @@ from teacher_cache.progress import PieceProgress, progress
 from teacher_cache.samples_ahead import read_patiently
 from teacher_cache.schema import Sample
 from teacher_cache.teacher_checkpoint import checkpoint_directory
+from teacher_cache.teacher_copy import TeacherCopy, require_same_copy
 
 SIGN_OF_LIFE_S: Final = 1.0
 
@@ -49,7 +50,7 @@ class AnswerWork:
 
     def start_actor(self) -> Any:
         """Return a new actor."""
-        return self._placement.start(_Actor, self._cache, self._answers, self._log_dir)
+        return self._placement.start(_Actor, self._cache, self._answers, self._job.teacher, self._log_dir)
 
     def begin(self, actor: Any, piece: int) -> Any:
         """Have an actor write a part."""
@@ -119,8 +120,8 @@ def write_parts(
 class _Actor:
     """Starts its engine with its first part, so that an engine that does not start counts as a failed attempt."""
 
-    def __init__(self, cache: CacheConfig, answers: AnswersConfig, log_dir: Path) -> None:
-        self.cache, self.answers, self.log_dir = cache, answers, log_dir
+    def __init__(self, cache: CacheConfig, answers: AnswersConfig, copy: TeacherCopy, log_dir: Path) -> None:
+        self.cache, self.answers, self.copy, self.log_dir = cache, answers, copy, log_dir
         self.writer: AnswerWriter | None = None
 
     def ready(self) -> None:
@@ -141,10 +142,12 @@ class _Actor:
 
         from teacher_cache.answer_engine import VllmAnswerEngine
 
+        teacher = require_same_copy(self.cache.teacher, expected=self.copy)
         actor_id = str(ray.get_runtime_context().get_actor_id())
-        directory = str(checkpoint_directory(self.cache.teacher))
+        directory = str(checkpoint_directory(teacher))
+        cache = self.cache.model_copy(update={"teacher": teacher})
         return AnswerWriter(
-            VllmAnswerEngine(self.cache, answers=self.answers, log_file=self.log_dir / f"engine-{actor_id}.log"),
+            VllmAnswerEngine(cache, answers=self.answers, log_file=self.log_dir / f"engine-{actor_id}.log"),
             processor=load_processor(directory, trust_remote_code=self.cache.teacher.trust_remote_code),
             config=self.answers,
             max_length=self.cache.data.max_length,

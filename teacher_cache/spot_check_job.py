@@ -21,6 +21,7 @@ from teacher_cache.schema import Sample
 from teacher_cache.spot_check import ReferenceRows
 from teacher_cache.teacher import TransformersTeacher, compute_targets
 from teacher_cache.teacher_checkpoint import checkpoint_directory
+from teacher_cache.teacher_copy import TeacherCopy, require_same_copy
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ class _ReferenceWork:
 
     def start_actor(self) -> Any:
         """Return a new actor; a share of a GPU is one to it."""
-        return self._placement.start(_Actor, self._job.config, math.ceil(self._placement.resources.gpus))
+        num_gpus = math.ceil(self._placement.resources.gpus)
+        return self._placement.start(_Actor, self._job.config, self._job.writer.teacher, num_gpus)
 
     def begin(self, actor: Any, piece: Sequence[SampleEntry]) -> Any:
         """Have an actor compute a batch."""
@@ -124,8 +126,8 @@ class _ReferenceWork:
 class _Actor:
     """Loads the teacher with transformers, onto the GPUs of a replica, or a CPU."""
 
-    def __init__(self, config: CacheConfig, num_gpus: int) -> None:
-        self.config, self.num_gpus = config, num_gpus
+    def __init__(self, config: CacheConfig, copy: TeacherCopy, num_gpus: int) -> None:
+        self.config, self.copy, self.num_gpus = config, copy, num_gpus
         self.loaded: tuple[Processor, TransformersTeacher] | None = None
 
     def ready(self) -> None:
@@ -149,6 +151,6 @@ class _Actor:
         yield _ReferenceBatch(references=tuple(found), tokens=tokens)
 
     def _load(self) -> tuple[Processor, TransformersTeacher]:
-        config = self.config.teacher
+        config = require_same_copy(self.config.teacher, expected=self.copy)
         processor = load_processor(str(checkpoint_directory(config)), trust_remote_code=config.trust_remote_code)
         return processor, TransformersTeacher(config, num_gpus=self.num_gpus)

@@ -128,6 +128,7 @@ class Job:
 
     parts: list[list[str]] = field(default_factory=lambda: [["a", "b"], ["c", "d"], ["e", "f"]])
     committed: list[int] = field(default_factory=list)
+    teacher: str = "the driver's copy"
 
     def read(self, part: int) -> list[str]:
         return self.parts[part]

@@ -11,7 +11,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from teacher_cache import shard_worker
+from teacher_cache import answer_pool, shard_worker, spot_check_job
+from teacher_cache.answers_config import AnswersConfig
 from teacher_cache.build_plan import cache_identity, open_builder
 from teacher_cache.config import TeacherConfig
 from teacher_cache.errors import ConfigError
@@ -87,6 +88,19 @@ def test_another_copy_is_refused_with_what_differs(change: str, copies: tuple[Pa
     assert str(refused.value).startswith(f"{socket.gethostname()}:{node} is another teacher than ")
     assert str(driver) in str(refused.value)
     assert "copy the checkpoint to this node again" in str(refused.value)
+
+
+def test_references_and_answers_are_of_the_drivers_copy_too(copies: tuple[Path, Path], digit_samples: Path) -> None:
+    driver, node = copies
+    expected = describe_copy(config_of(driver))
+    flip(node / "model.safetensors", byte=-1)
+    config = make_config(node.parent / "cache", model=node, data=digit_samples)
+    answers = AnswersConfig(source=str(digit_samples))
+    reference = spot_check_job._Actor(config, expected, 0)
+    answering = answer_pool._Actor(config, answers, expected, node.parent)
+    for start in (reference._load, answering._start):
+        with pytest.raises(ConfigError, match="is another teacher than"):
+            start()
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))
