@@ -16,7 +16,9 @@ from teacher_cache.schema import TeacherHead
 E4M3_MAX: Final = 448.0
 
 _ROWS_AT_ONCE = 256
-_COST_ROWS, _COST_WORDS = 64, 8192
+COST_ROWS: Final = 64
+"""Of a shard: a build waits for them, and shards are many."""
+_COST_WORDS = 512
 # blosc's own threads would not survive a fork, and callers bring theirs
 blosc.use_threads = False
 _BLOSC_HEADER: Final = struct.Struct("<4B3I")
@@ -83,20 +85,16 @@ def dequantize_rows(
 
 
 def quantization_cost(
-    rows: Float[Tensor, "rows hidden"], *, head: TeacherHead, max_rows: int = 256
+    rows: Float[Tensor, "rows hidden"], *, head: TeacherHead, max_rows: int = COST_ROWS
 ) -> QuantizationCost:
     """Measure what 8-bit rows cost: KL through the teacher's head, over evenly spread rows.
 
-    Logits exist for a few rows and words at a time; sums are kept in float64.
+    Logits exist for a few words at a time; sums are kept in float64.
     """
     chosen = rows[torch.linspace(0, len(rows) - 1, min(max_rows, len(rows))).round().long()].float()
     quantized = quantize_rows(chosen)
     changed = dequantize_rows(quantized.codes, quantized.scales, dtype=torch.float32)
-    parts = [
-        _kl_nats(left, right, head=head)
-        for left, right in zip(chosen.split(_COST_ROWS), changed.split(_COST_ROWS), strict=True)
-    ]
-    kl = torch.cat(parts).clamp_(min=0)  # rounding may leave a KL of nearly nothing below zero
+    kl = _kl_nats(chosen, changed, head=head).clamp_(min=0)  # rounding may leave a KL of nearly nothing below zero
     error = float((changed - chosen).double().norm() / chosen.double().norm().clamp(min=1e-300))
     return QuantizationCost(
         rows=len(chosen), kl_mean_nats=float(kl.mean()), kl_max_nats=float(kl.max()), relative_error=error
@@ -158,17 +156,23 @@ def _kl_nats(
     lse_a = torch.full((count,), -torch.inf, dtype=torch.float64)
     lse_b = lse_a.clone()
     weighted = torch.zeros(count, dtype=torch.float64)
+    both = torch.cat([rows, changed])
+    # the weights of some words in float32, always in the same memory: a new tensor costs more than the arithmetic
+    memory = torch.empty(_COST_WORDS, rows.shape[1])
     for start in range(0, len(head.weight), _COST_WORDS):
         words = slice(start, start + _COST_WORDS)
-        a, b = (_logits(side, head, words) for side in (rows, changed))
+        a, b = _logits(both, head, words, memory=memory).split(count)
         new = torch.logaddexp(lse_a, a.logsumexp(dim=1))
         weighted = weighted * (lse_a - new).exp() + ((a - new[:, None]).exp() * (a - b)).sum(dim=1)
         lse_a, lse_b = new, torch.logaddexp(lse_b, b.logsumexp(dim=1))
     return weighted - lse_a + lse_b
 
 
-def _logits(rows: Float32[Tensor, "rows hidden"], head: TeacherHead, words: slice) -> Float[Tensor, "rows words"]:
-    logits = (rows @ head.weight[words].float().T).double()
+def _logits(
+    rows: Float32[Tensor, "rows hidden"], head: TeacherHead, words: slice, *, memory: Float32[Tensor, "words hidden"]
+) -> Float[Tensor, "rows words"]:
+    stored = head.weight[words]
+    logits = (rows @ memory[: len(stored)].copy_(stored).T).double()
     if head.bias is not None:
         logits = logits + head.bias[words].double()
     logits = logits * head.logit_scale

@@ -18,7 +18,7 @@ from teacher_cache.durable_files import FileDigest
 from teacher_cache.errors import CacheError, CacheMismatch, TeacherError
 from teacher_cache.ledger import COMMITS, SHARDS, CommitRecord, SampleRows, no_rows, record_name
 from teacher_cache.plan import PlannedShard
-from teacher_cache.row_codec import QuantizationCost, quantization_cost
+from teacher_cache.row_codec import COST_ROWS, QuantizationCost, quantization_cost
 from teacher_cache.schema import SkippedSample, TeacherTargets
 from teacher_cache.shard_writer import ShardWriter, shard_attributes
 from teacher_cache.standing import record_limit_bytes
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from teacher_cache.writer import CacheWriter
 
 logger = logging.getLogger(__name__)
-
-_COST_ROWS = 256
 
 
 class ShardAttempt:
@@ -225,7 +223,7 @@ class ShardAttempt:
 
     def _keep_cost_rows(self, targets: TeacherTargets) -> None:
         if self._writer.manifest.codec == "fp8" and self._writer.manifest.teacher_head is not None:
-            per_sample = -(-_COST_ROWS // len(self.shard.sample_ids))
+            per_sample = -(-COST_ROWS // len(self.shard.sample_ids))
             rows = targets.hidden_states
             chosen = torch.linspace(0, len(rows) - 1, min(per_sample, len(rows))).long()
             self._cost_rows.append(rows[chosen])
@@ -235,7 +233,7 @@ class ShardAttempt:
             return None
         head = self._writer.head
         assert head is not None
-        return quantization_cost(torch.cat(self._cost_rows), head=head, max_rows=_COST_ROWS)
+        return quantization_cost(torch.cat(self._cost_rows), head=head)
 
     def _refused(self, error: OSError) -> CacheError:
         uri = self._writer.store.uri
