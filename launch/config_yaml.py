@@ -49,10 +49,18 @@ def read_yaml(path: str | Path, *, kind: str) -> tuple[Any, str]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return yaml.load(text, Loader=_UniqueKeyLoader), text
+        return _load(text), text
     except OSError as error:
         raise ConfigError(f"{kind} {path}: {error.strerror}") from error
     except ConfigError as error:
         raise ConfigError(f"{kind} {path}, {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{kind} {path} is not YAML: {error}") from error
+
+
+def _load(text: str) -> Any:
+    loader = _UniqueKeyLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()

@@ -41,6 +41,14 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(kind: str, tmp_path:
     assert f"line {last}: 'output_dir' stands in line {first} already" in message
 
 
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_tag_that_would_run_code_is_refused(kind: str, tmp_path: Path) -> None:
+    load, text = LOADERS[kind]
+    attack = f"{text}more: !!python/object/apply:os.mkdir [{tmp_path}/made]\n"
+    assert "is not YAML: could not determine a constructor" in fault(load, attack, tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_key_that_stands_twice_is_refused_at_any_depth(tmp_path: Path) -> None:
     text = RUN.replace("model: student}", "model: student, train: {distill: {max_steps: 1, max_steps: 2}}}")
     assert "line 7: 'max_steps' stands in line 7 already" in fault(load_run_config, text, tmp_path)

@@ -286,7 +286,7 @@ def test_a_reference_that_fails_names_the_option_to_build_without(
     with build_job(config, log_dir=tmp_path) as job:
         samples = list(job.samples.values())[:2]
         with pytest.raises(
-            TeacherError, match=r"(?s)part of sample .* failed 1 times.*`cache.build.spot_check_every` to 0"
+            TeacherError, match=r"(?s)part of sample .* failed with: .*`cache.build.spot_check_every` to 0"
         ):
             compute_references(samples, placement=placement, ray=import_ray(), stop=StopRequest(), job=job)
 
