@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Int
 
-from distill.batch import Batch, JoinedSample, answer_lengths, collate, student_tokens
+from distill.batch import Batch, collate, student_tokens
 from distill.encoder import SampleReader, StudentEncoder
+from distill.joined_sample import JoinedSample
 from distill.live import TargetSource
 from distill.order import split
+from distill.passes import answer_lengths
 from distill.stage_spec import StageSpec
 from teacher_cache.errors import CacheMismatch, ConfigError
 from teacher_cache.sample_file import SampleEntry, SampleTable

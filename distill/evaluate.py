@@ -16,7 +16,8 @@ from jaxtyping import Int
 from PIL.Image import Image
 from torch import Tensor
 
-from distill.batch import Batch, JoinedSample, collate
+from distill.batch import Batch, collate
+from distill.joined_sample import JoinedSample
 from distill.records import to_device
 from distill.scoring import (
     EvaluationResult,

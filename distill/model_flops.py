@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from distill.batch import Batch, RecalibratedPass
+from distill.batch import Batch
+from distill.passes import RecalibratedPass
 from distill.stage_spec import StageSpec
 from distill.stages import StageModel
 from distill.student import name_parts

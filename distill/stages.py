@@ -13,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill.baselines import kd_loss, uld_loss_of_rows
-from distill.batch import Batch, RecalibratedPass
+from distill.batch import Batch
 from distill.linear_head import LinearHead
 from distill.loss_inputs import BadRows
 from distill.losses import WeightedTokenLosses, linear_ce, weighted_ce_kl
+from distill.passes import RecalibratedPass
 from distill.refusals import are_finite, nan_of, zero_bad
 from distill.regularization import regularization_loss
 from distill.stage_spec import StageSpec, TrainedPart

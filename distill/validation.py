@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from distill.batch import Batch, JoinedSample
+from distill.batch import Batch
 from distill.config import StudentConfig, ValidationConfig
 from distill.engine import Engine
 from distill.evaluate import (
@@ -31,6 +31,7 @@ from distill.evaluate import (
     padding_tokenizer,
     prompt_inputs,
 )
+from distill.joined_sample import JoinedSample
 from distill.processes import Processes
 from distill.records import to_device
 from distill.scoring import SampleRow, bits_per_byte_of, exact_match, reference_answer

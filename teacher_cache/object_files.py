@@ -59,7 +59,6 @@ class ObjectWriter:
         self._store = store
         self._name = name
         self._upload: Any = None
-        self._written = 0
 
     def write(self, buffers: Sequence[memoryview]) -> None:
         """Send the buffers."""
@@ -72,7 +71,6 @@ class ObjectWriter:
             )
         for buffer in buffers:
             self._store.call(self._name, lambda *_, buffer=buffer: self._upload.write(buffer))
-            self._written += len(buffer)
 
     def close(self) -> None:
         """Finish the upload."""

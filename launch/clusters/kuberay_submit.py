@@ -27,6 +27,8 @@ def describe_kuberay(config: RunConfig, *, only: Collection[Kind] = ()) -> str:
     jobs = run_jobs(config)
     done = "".join(f"# complete already: {job.label}\n" for job in _chosen(jobs, only) if job.complete)
     unset = "# cluster.kuberay.image is not set: IMAGE stands for it\n" if kube.image == UNSET_IMAGE else ""
+    if kube.claim is None:
+        unset += "# cluster.kuberay.claim is not set: submitting is refused without it\n"
     names = [job.name for job in _chosen(jobs, only)]
     return done + unset + as_yaml(manifests(config, jobs, submitted=now(), names=names))
 

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.batch import JoinedSample
 from distill.evaluate import (
     ChatModel,
     EvaluationSettings,
@@ -29,6 +28,7 @@ from distill.evaluate import (
     load_chat_model,
     prompt_inputs,
 )
+from distill.joined_sample import JoinedSample
 from distill.losses import jensen_shannon
 from distill.scoring import agreement, bits_per_byte_of, read_sample_rows
 from distill.student import last_hidden_state

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from distill import linear_losses
-from distill.batch import JoinedSample
 from distill.config import (
     AlignConfig,
     BaselineOptions,
@@ -20,6 +19,7 @@ from distill.config import (
     TrainConfig,
 )
 from distill.data import JoinedData, StudentEncoder, join_cache
+from distill.joined_sample import JoinedSample
 from distill.losses import forward_kl, jensen_shannon, reverse_kl
 from distill.metrics import loss_metrics
 from distill.stage_spec import stage_spec

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from distill.batch import JoinedSample, StudentBatch, collate
+from distill.batch import StudentBatch, collate
+from distill.joined_sample import JoinedSample
 from distill.packing import can_pack
 from distill.student import last_hidden_state, load_student, packs
 from teacher_cache.schema import EncodedConversation

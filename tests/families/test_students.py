@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from distill.batch import JoinedSample, collate
+from distill.batch import collate
 from distill.config import StudentConfig, TrainConfig
 from distill.encoder import StudentEncoder
+from distill.joined_sample import JoinedSample
 from distill.stage_spec import stage_spec
 from distill.stages import StageModel
 from distill.student import last_hidden_state, load_student, name_parts

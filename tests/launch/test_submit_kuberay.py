@@ -398,6 +398,8 @@ def test_pods_without_a_shared_folder_are_refused(kubectl: Path, uri: str) -> No
     with pytest.raises(ConfigError, match="ReadWriteMany"):
         submit_kuberay(config.model_copy(update={"cache": config.cache.model_copy(update={"uri": uri})}))
     assert not (kubectl / "applied").exists()
+    assert "# cluster.kuberay.claim is not set: submitting is refused" in describe_kuberay(config)
+    assert "claim is not set" not in describe_kuberay(run_config())
 
 
 def test_kinds_of_jobs_are_submitted_in_turn(kubectl: Path) -> None:

@@ -52,7 +52,7 @@ def s3(server: S3, request: pytest.FixtureRequest) -> Iterator[S3]:
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "PART_BYTES", PIECE)
     monkeypatch.setattr(object_store, "_PAUSE_S", 0.0)
-    for module in (object_store, checked_file, stored_digest):
+    for module in (object_store, stored_digest):
         monkeypatch.setattr(module, "COPY_BYTES", PIECE)
 
 
